@@ -1,0 +1,1 @@
+"""silu(gate) * up, the gated activation of Llama-like models."""

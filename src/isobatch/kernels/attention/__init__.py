@@ -1,0 +1,1 @@
+"""Paged causal attention, grouped-query: one order of summation for prefill, chunk and decode."""

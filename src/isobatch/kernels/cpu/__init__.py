@@ -1,0 +1,1 @@
+"""What the CPU kernels share: the compiler, the panel product, elementary functions."""

@@ -1,0 +1,75 @@
+"""How weights and caches lie in memory. Our kernels and torch's want different layouts; both take the same data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class Weight(Protocol):
+    """A weight matrix [outputs, inputs] that is filled row by row at load."""
+
+    @property
+    def outputs(self) -> int:
+        """N."""
+
+    @property
+    def inputs(self) -> int:
+        """K."""
+
+    def put(self, start: int, rows: torch.Tensor) -> None:
+        """Stores rows [start, start + len(rows)), float32 [n, inputs]."""
+
+
+class WeightType(Protocol):
+    """Makes an empty weight."""
+
+    def empty(self, outputs: int, inputs: int) -> Weight:
+        """A weight of this size, to be filled by `put`."""
+
+
+class Cache(Protocol):
+    """Keys and values of one layer, in blocks of 16 tokens."""
+
+
+class CacheType(Protocol):
+    """Makes an empty cache."""
+
+    def empty(self, blocks: int, kv_heads: int, head_size: int) -> Cache:
+        """A cache of this size, uninitialised."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The two layouts that a family of kernels shares.
+
+    Args:
+        weight: for linear and embedding.
+        cache: for attention.
+    """
+
+    weight: WeightType
+    cache: CacheType
+
+
+@dataclass(frozen=True, slots=True)
+class PagedRows:
+    """Which request each query row belongs to, and where that request's keys lie.
+
+    Args:
+        query_starts: int32 [R + 1], ascending from 0: request r owns rows query_starts[r]..query_starts[r+1].
+        context_lengths: int32 [R]: keys of request r, its queries' own included; the queries are the last.
+        block_tables: int32 [R, B]: block_tables[r, i] holds keys 16 i .. 16 i + 15 of request r.
+        slots: int64 [T]: block * 16 + offset at which each row's own key and value are stored.
+    """
+
+    query_starts: torch.Tensor
+    context_lengths: torch.Tensor
+    block_tables: torch.Tensor
+    slots: torch.Tensor
+
+
+PAGE = 16
+"""Tokens in a KV block."""

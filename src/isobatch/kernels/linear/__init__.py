@@ -1,0 +1,1 @@
+"""Linear: y = x W^T (+ bias)."""

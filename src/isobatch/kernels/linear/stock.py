@@ -1,0 +1,19 @@
+"""Linear as torch runs it, and in float64 for reference."""
+
+from __future__ import annotations
+
+import torch
+
+from isobatch.kernels.stock import DenseWeight
+
+
+def linear(x: torch.Tensor, weight: DenseWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """torch.nn.functional.linear: its library picks the order of summation by the number of rows."""
+    return torch.nn.functional.linear(x, weight.dense, bias)
+
+
+def linear_ref(x: torch.Tensor, weight: DenseWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The same in float64."""
+    return torch.nn.functional.linear(
+        x.double(), weight.dense.double(), None if bias is None else bias.double()
+    )

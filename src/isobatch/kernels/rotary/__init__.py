@@ -1,0 +1,1 @@
+"""Rotary position embedding, the half-rotation form that Llama, Qwen and SmolLM share."""

@@ -1,0 +1,44 @@
+"""Philox4x32-10: random numbers that are a function of a key and a counter, with no state to share.
+
+Source: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from isobatch.kernels.cpu.jit import device
+
+_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_W0, _W1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
+_LOW = np.uint64(0xFFFFFFFF)
+_32 = np.uint64(32)
+
+
+@device
+def philox(c0, c1, c2, c3, k0, k1):
+    """Ten rounds over a 128-bit counter under a 64-bit key; four uint32 words."""
+    for _ in range(10):
+        p0, p1 = _M0 * np.uint64(c0), _M1 * np.uint64(c2)
+        c0, c1, c2, c3 = (
+            np.uint32(np.uint32(p1 >> _32) ^ c1 ^ k0),
+            np.uint32(p1 & _LOW),
+            np.uint32(np.uint32(p0 >> _32) ^ c3 ^ k1),
+            np.uint32(p0 & _LOW),
+        )
+        k0, k1 = np.uint32(k0 + _W0), np.uint32(k1 + _W1)
+    return c0, c1, c2, c3
+
+
+@device
+def noise_word(seed, position, token):
+    """The 32 random bits of (seed, position, token): four neighbouring tokens share a counter."""
+    words = philox(
+        np.uint32(token // 4),
+        np.uint32(position),
+        np.uint32(0),
+        np.uint32(0),
+        np.uint32(seed & _LOW),
+        np.uint32(seed >> _32),
+    )
+    return words[token % 4]

@@ -1,0 +1,44 @@
+"""Sampling as servers do it with torch: softmax, sort, cumulative sum, exponential noise from a generator.
+
+Source of the noise trick: argmax(p / Exp(1)) is a sample from p, as vLLM uses it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from isobatch.kernels.sampling.cpu import REFUSED, PenaltyRows, SamplingRows
+
+
+def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    """One token id per row; REFUSED where the logits are not finite."""
+    greedy = logits.argmax(-1)
+    refused = ~torch.isfinite(logits).all(-1)
+    if bool((rows.temperature == 0).all()):
+        return torch.where(refused, REFUSED, greedy)
+    warm = torch.where(rows.temperature == 0, 1, rows.temperature)[:, None]
+    probabilities = torch.softmax(logits / warm, -1)
+    probabilities[probabilities < rows.min_p[:, None] * probabilities.amax(-1, keepdim=True)] = 0
+    ordered, ids = probabilities.sort(-1, descending=True)
+    rank = torch.arange(logits.shape[1])
+    ordered[(rank >= rows.top_k[:, None]) & (rows.top_k[:, None] > 0)] = 0
+    before = ordered.cumsum(-1) - ordered
+    ordered[before > rows.top_p[:, None] * ordered.sum(-1, keepdim=True)] = 0
+    noise = torch.empty_like(ordered)
+    for r, (seed, position) in enumerate(zip(rows.seed.tolist(), rows.position.tolist(), strict=True)):
+        generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + position) % 2**63)
+        noise[r].exponential_(generator=generator)
+    drawn = ids.gather(1, (ordered / noise).argmax(-1, keepdim=True))[:, 0]
+    return torch.where(refused, REFUSED, torch.where(rows.temperature == 0, greedy, drawn))
+
+
+def penalize(logits: torch.Tensor, rows: PenaltyRows) -> torch.Tensor:
+    """The logits with the penalties applied."""
+    out = logits.clone()
+    used = rows.ids >= 0
+    row, _ = used.nonzero(as_tuple=True)
+    ids, counts = rows.ids[used], rows.counts[used]
+    x = logits[row, ids]
+    x = torch.where(x > 0, x / rows.repetition[row], x * rows.repetition[row])
+    out[row, ids] = x - rows.frequency[row] * counts - rows.presence[row] * (counts > 0)
+    return out

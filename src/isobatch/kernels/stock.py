@@ -1,0 +1,55 @@
+"""The other side of every comparison: torch's own kernels, laid out as servers lay them out.
+
+Nothing here is certified and nothing here carries a fingerprint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from isobatch.kernels.layout import PAGE, Layout
+
+
+@dataclass(frozen=True, slots=True)
+class DenseWeight:
+    """A weight as torch wants it: float32 [N, K], contiguous."""
+
+    dense: torch.Tensor
+
+    @property
+    def outputs(self) -> int:
+        """N."""
+        return self.dense.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        """K."""
+        return self.dense.shape[1]
+
+    @classmethod
+    def empty(cls, outputs: int, inputs: int) -> DenseWeight:
+        """Uninitialised, to be filled by `put`."""
+        return cls(torch.empty(outputs, inputs))
+
+    def put(self, start: int, rows: torch.Tensor) -> None:
+        """Stores rows [start, start + len(rows))."""
+        self.dense[start : start + len(rows)] = rows
+
+
+@dataclass(frozen=True, slots=True)
+class DenseCache:
+    """Keys and values of one layer: float32 [blocks, 16, Hkv, D] each."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+    @classmethod
+    def empty(cls, blocks: int, kv_heads: int, head_size: int) -> DenseCache:
+        """Zeros, because a mask turns a weight into zero but leaves NaN alone."""
+        shape = (blocks, PAGE, kv_heads, head_size)
+        return cls(torch.zeros(shape), torch.zeros(shape))
+
+
+STOCK = Layout(weight=DenseWeight, cache=DenseCache)

@@ -1,0 +1,45 @@
+"""Argument checks shared by all ops. Cheap: shapes and dtypes only, never values."""
+
+from __future__ import annotations
+
+import torch
+
+from isobatch.errors import ShapeError, UnsupportedOpError
+
+
+def floats(op: str, name: str, tensor: torch.Tensor, *shape: int | None) -> None:
+    """Checks a float32 CPU tensor of a shape; None matches any length.
+
+    Raises:
+        UnsupportedOpError: another dtype or device, for which no member is certified.
+        ShapeError: another shape.
+    """
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        raise UnsupportedOpError(
+            f"{op}: no certified kernel for {name}",
+            expected="torch.float32 on cpu",
+            got=f"{tensor.dtype} on {tensor.device}",
+            fix=f"convert with {name}.to('cpu', torch.float32)",
+        )
+    _shape(op, name, tensor, shape)
+
+
+def integers(op: str, name: str, tensor: torch.Tensor, *shape: int | None) -> None:
+    """Checks an int64 CPU tensor of a shape; None matches any length.
+
+    Raises:
+        ShapeError: another dtype, device or shape.
+    """
+    if tensor.dtype != torch.int64 or tensor.device.type != "cpu":
+        got = f"{tensor.dtype} on {tensor.device}"
+        raise ShapeError(f"{op}: wrong kind of {name}", expected="torch.int64 on cpu", got=got)
+    _shape(op, name, tensor, shape)
+
+
+def _shape(op: str, name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:
+    fits = len(shape) == tensor.dim() and all(
+        want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        expected = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
+        raise ShapeError(f"{op}: wrong shape of {name}", expected=expected, got=list(tensor.shape))

@@ -1,0 +1,62 @@
+"""The fingerprint of a numerics class: equal fingerprints promise equal bits.
+
+It is derived from golden digests, the bits that every op gives on fixed inputs. They ship with the package, so
+the fingerprint changes exactly when a bit does; and any machine can compute them again, which is how it knows
+that it belongs to the class.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from functools import cache
+from importlib.resources import files
+
+from isobatch.bits import digest
+from isobatch.kernels.catalogue import RECORDS
+
+NUMERICS_VERSION = 1
+"""Raised with every change that moves a bit; the CHANGELOG says why."""
+
+ARCHITECTURE = "cpu-ieee754"
+DTYPE = "float32"
+
+
+@cache
+def golden_digests() -> dict[str, str]:
+    """The digests that ship with the package, by "op/variant"."""
+    text = files("isobatch.ops").joinpath("golden.json").read_text()
+    return dict(json.loads(text))
+
+
+def computed_digests(progress: Callable[[str], None] = lambda _name: None) -> dict[str, str]:
+    """The same digests, computed on this machine by the production members.
+
+    Args:
+        progress: told each name before it is computed.
+    """
+    computed = {}
+    for record in RECORDS.values():
+        for variant in record.variants:
+            name = f"{record.name}/{variant}"
+            progress(name)
+            case = record.draw(f"golden/{name}", 37, variant)
+            computed[name] = digest(*case.call(record.member(record.production)))
+    return computed
+
+
+@cache
+def fingerprint() -> str:
+    """Names the numerics class: architecture family, dtype, written orders, version.
+
+    Returns:
+        "iso-" and 16 hexadecimal digits.
+    """
+    content = {
+        "architecture": ARCHITECTURE,
+        "dtype": DTYPE,
+        "numerics_version": NUMERICS_VERSION,
+        "golden": golden_digests(),
+    }
+    return "iso-" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

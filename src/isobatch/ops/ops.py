@@ -1,0 +1,316 @@
+"""The ops, as methods of one object: validate, call the production member, show observers.
+
+An `Ops` is made once and handed down; nothing about which kernels run is global. Shape letters: T rows (tokens),
+R requests, S sampled rows, H heads, Hkv key/value heads, D head size, K inputs, N outputs, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+
+from isobatch.errors import ShapeError
+from isobatch.kernels.attention.cpu import write_kv
+from isobatch.kernels.attention.stock import write_kv as stock_write_kv
+from isobatch.kernels.catalogue import RECORDS
+from isobatch.kernels.cpu.layout import CPU
+from isobatch.kernels.layout import PAGE, Cache, Layout, PagedRows, Weight
+from isobatch.kernels.log_probs.cpu import TopLogProbs
+from isobatch.kernels.sampling.cpu import PenaltyRows, SamplingRows
+from isobatch.kernels.stock import STOCK
+from isobatch.ops import check
+
+Observer = Callable[[str, Mapping[str, Any], Any], None]
+"""Called after each op with its name, its arguments by name and its result. It must change none of them."""
+
+
+class Ops:
+    """Every number above this row comes from here.
+
+    Args:
+        name: "isobatch" or "stock".
+        table: the function of each op.
+        layout: how those functions want weights and caches.
+    """
+
+    def __init__(self, name: str, table: Mapping[str, Callable[..., Any]], layout: Layout) -> None:
+        self.name = name
+        self._table = dict(table)
+        self._layout = layout
+        self._observers: list[Observer] = []
+
+    @contextmanager
+    def observed(self, observer: Observer) -> Iterator[None]:
+        """Shows every call to `observer` inside the block."""
+        self._observers.append(observer)
+        try:
+            yield
+        finally:
+            self._observers.remove(observer)
+
+    def _run(self, op: str, **arguments: Any) -> Any:
+        result = self._table[op](**arguments)
+        for observer in self._observers:
+            observer(op, arguments, result)
+        return result
+
+    def weight(self, outputs: int, inputs: int) -> Weight:
+        """An empty weight [outputs, inputs] in the layout of these kernels, to be filled by `put`."""
+        return self._layout.weight.empty(outputs, inputs)
+
+    def kv_cache(self, blocks: int, kv_heads: int, head_size: int) -> Cache:
+        """An empty cache for one layer, of blocks of 16 tokens.
+
+        Raises:
+            ShapeError: the head size is no multiple of 16.
+        """
+        if head_size % PAGE:
+            raise ShapeError("attention: unsupported head size", expected="a multiple of 16", got=head_size)
+        return self._layout.cache.empty(blocks, kv_heads, head_size)
+
+    def embedding(self, token_ids: torch.Tensor, weight: Weight) -> torch.Tensor:
+        """Rows of a weight.
+
+        Args:
+            token_ids: int64 [T], each in [0, V).
+            weight: [V, K].
+
+        Returns:
+            float32 [T, K].
+
+        Raises:
+            ShapeError: wrong shape or dtype, or an id out of range.
+
+        Determinism:
+            A copy.
+        """
+        check.integers("embedding", "token_ids", token_ids, None)
+        if len(token_ids) and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < weight.outputs:
+            got = f"{int(token_ids.min())}..{int(token_ids.max())}"
+            raise ShapeError("embedding: token id out of range", expected=f"0..{weight.outputs - 1}", got=got)
+        return cast(torch.Tensor, self._run("embedding", token_ids=token_ids, weight=weight))
+
+    def linear(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x W^T + bias.
+
+        Args:
+            x: float32 [T, K], any strides.
+            weight: [N, K].
+            bias: float32 [N], or None.
+
+        Returns:
+            float32 [T, N], contiguous.
+
+        Raises:
+            ShapeError, UnsupportedOpError: an argument of the wrong shape, dtype or device.
+
+        Determinism:
+            Row t depends on x[t], the weight and the bias alone (kernels/linear/cpu.py).
+        """
+        check.floats("linear", "x", x, None, weight.inputs)
+        if bias is not None:
+            check.floats("linear", "bias", bias, weight.outputs)
+        return cast(torch.Tensor, self._run("linear", x=x, weight=weight, bias=bias))
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalises rows by their root mean square, after adding a residual if there is one.
+
+        Args:
+            x: float32 [T, K].
+            weight: float32 [K].
+            eps: added to the mean square.
+            residual: float32 [T, K], or None.
+
+        Returns:
+            (normalised rows, x + residual or x), float32 [T, K] each.
+
+        Raises:
+            ShapeError, UnsupportedOpError: an argument of the wrong shape, dtype or device.
+
+        Determinism:
+            Row t depends on row t of the inputs alone (kernels/rms_norm/cpu.py).
+        """
+        check.floats("rms_norm", "x", x, None, len(weight))
+        check.floats("rms_norm", "weight", weight, None)
+        if residual is not None:
+            check.floats("rms_norm", "residual", residual, *x.shape)
+        result = self._run("rms_norm", x=x, weight=weight, eps=eps, residual=residual)
+        return cast(tuple[torch.Tensor, torch.Tensor], result)
+
+    def rotary(
+        self, x: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        """Turns each head of each row by its position's angles.
+
+        Args:
+            x: float32 [T, H, D].
+            positions: int64 [T], each in [0, C).
+            cos: float32 [C, D/2].
+            sin: float32 [C, D/2].
+
+        Returns:
+            float32 [T, H, D].
+
+        Raises:
+            ShapeError, UnsupportedOpError: an argument of the wrong shape, dtype or device.
+
+        Determinism:
+            Row t depends on x[t] and positions[t] alone (kernels/rotary/cpu.py).
+        """
+        check.floats("rotary", "x", x, None, None, 2 * cos.shape[1])
+        check.integers("rotary", "positions", positions, len(x))
+        check.floats("rotary", "sin", sin, *cos.shape)
+        return cast(torch.Tensor, self._run("rotary", x=x, positions=positions, cos=cos, sin=sin))
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up.
+
+        Args:
+            gate_up: float32 [T, 2 I], gates left, ups right.
+
+        Returns:
+            float32 [T, I].
+
+        Raises:
+            ShapeError, UnsupportedOpError: an argument of the wrong shape, dtype or device.
+
+        Determinism:
+            Elementwise (kernels/activation/cpu.py).
+        """
+        check.floats("silu_and_mul", "gate_up", gate_up, None, None)
+        return cast(torch.Tensor, self._run("silu_and_mul", gate_up=gate_up))
+
+    def write_kv(self, key: torch.Tensor, value: torch.Tensor, cache: Cache, rows: PagedRows) -> None:
+        """Stores keys and values in their slots.
+
+        Args:
+            key: float32 [T, Hkv, D].
+            value: float32 [T, Hkv, D].
+            cache: of the layer.
+            rows: where each row goes.
+
+        Raises:
+            ShapeError, UnsupportedOpError: an argument of the wrong shape, dtype or device.
+
+        Determinism:
+            A copy.
+        """
+        check.floats("write_kv", "key", key, None, None, None)
+        check.floats("write_kv", "value", value, *key.shape)
+        self._run("write_kv", key=key, value=value, cache=cache, rows=rows)
+
+    def attention(self, q: torch.Tensor, cache: Cache, rows: PagedRows, scale: float) -> torch.Tensor:
+        """Causal grouped-query attention over paged keys and values.
+
+        Args:
+            q: float32 [T, H, D].
+            cache: of the layer, with this step's own keys and values already written.
+            rows: whose queries these are.
+            scale: of the scores, usually 1 / sqrt(D).
+
+        Returns:
+            float32 [T, H, D].
+
+        Raises:
+            ShapeError, UnsupportedOpError: an argument of the wrong shape, dtype or device.
+
+        Determinism:
+            Row t depends on its query, and its request's keys and values up to its position: not on the
+            block table, the chunk it came in, or whether it is prefill or decode (kernels/attention/cpu.py).
+        """
+        check.floats("attention", "q", q, None, None, None)
+        return cast(torch.Tensor, self._run("attention", q=q, cache=cache, rows=rows, scale=scale))
+
+    def log_softmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of every token.
+
+        Args:
+            logits: float32 [S, V].
+
+        Returns:
+            float32 [S, V].
+
+        Raises:
+            ShapeError, UnsupportedOpError: an argument of the wrong shape, dtype or device.
+
+        Determinism:
+            Row s depends on logits[s] alone (kernels/log_probs/cpu.py).
+        """
+        check.floats("log_softmax", "logits", logits, None, None)
+        return cast(torch.Tensor, self._run("log_softmax", logits=logits))
+
+    def top_log_probs(self, logits: torch.Tensor, chosen: torch.Tensor, count: int) -> TopLogProbs:
+        """Log-probability and rank of one token per row, and the likeliest `count`.
+
+        Args:
+            logits: float32 [S, V].
+            chosen: int64 [S].
+            count: from 0 to V.
+
+        Returns:
+            TopLogProbs; ties go to the lower token id.
+
+        Raises:
+            ShapeError, UnsupportedOpError: an argument of the wrong shape, dtype or device.
+
+        Determinism:
+            Row s depends on logits[s], chosen[s] and count alone; a token's value not on count.
+        """
+        check.floats("top_log_probs", "logits", logits, None, None)
+        check.integers("top_log_probs", "chosen", chosen, len(logits))
+        return cast(TopLogProbs, self._run("top_log_probs", logits=logits, chosen=chosen, count=count))
+
+    def penalize(self, logits: torch.Tensor, rows: PenaltyRows) -> torch.Tensor:
+        """Applies repetition, frequency and presence penalties.
+
+        Args:
+            logits: float32 [S, V].
+            rows: what each row has seen.
+
+        Returns:
+            float32 [S, V], a copy.
+
+        Raises:
+            ShapeError, UnsupportedOpError: an argument of the wrong shape, dtype or device.
+
+        Determinism:
+            Row s depends on row s of the inputs alone.
+        """
+        check.floats("penalize", "logits", logits, None, None)
+        return cast(torch.Tensor, self._run("penalize", logits=logits, rows=rows))
+
+    def sample(self, logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+        """Chooses a token per row.
+
+        Args:
+            logits: float32 [S, V].
+            rows: each row's parameters, seed and position.
+
+        Returns:
+            int64 [S]; -1 where a row of logits holds NaN or infinity.
+
+        Raises:
+            ShapeError, UnsupportedOpError: an argument of the wrong shape, dtype or device.
+
+        Determinism:
+            Row s depends on logits[s] and its parameters, seed and position alone.
+        """
+        check.floats("sample", "logits", logits, None, None)
+        return cast(torch.Tensor, self._run("sample", logits=logits, rows=rows))
+
+
+def certified_ops() -> Ops:
+    """The production members of every record: bits that depend on the request alone."""
+    table = {name: record.member(record.production).function for name, record in RECORDS.items()}
+    return Ops("isobatch", {**table, "write_kv": write_kv}, CPU)
+
+
+def stock_ops() -> Ops:
+    """torch's own kernels, for comparison: bits that depend on the load."""
+    table = {name: record.stock.function for name, record in RECORDS.items()}
+    return Ops("stock", {**table, "write_kv": stock_write_kv}, STOCK)
