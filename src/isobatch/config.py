@@ -1,0 +1,77 @@
+"""Settings of the engine: frozen, checked, and able to explain themselves. None of them can change a bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from isobatch.errors import ConfigError, UnknownKeyError
+
+Kernels = Literal["isobatch", "stock"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How the engine uses the machine. A reply is the same whatever stands here, `kernels` aside.
+
+    Args:
+        kernels: "isobatch" for certified kernels; "stock" for torch's own, whose bits depend on the load.
+        kv_cache_bytes: memory for keys and values, in bytes; touched only as it fills.
+        max_batch_tokens: the most tokens in one step. Longer prompts are cut into chunks.
+        max_batch_sequences: the most sequences running at once.
+        max_context: the longest prompt and reply together, in tokens; None for the model's own limit.
+        prefix_cache: whether prompts with a common beginning share its keys and values.
+        policy: "fcfs", or "chaos:SEED" for a scheduler that decides at random, as a test of the promise.
+
+    Raises:
+        ConfigError: a value of the wrong type or out of range.
+    """
+
+    kernels: Kernels = "isobatch"
+    kv_cache_bytes: int = 1 << 30
+    max_batch_tokens: int = 512
+    max_batch_sequences: int = 256
+    max_context: int | None = None
+    prefix_cache: bool = True
+    policy: str = "fcfs"
+
+    def __post_init__(self) -> None:
+        if self.kernels not in get_args(Kernels):
+            raise UnknownKeyError("kernels", str(self.kernels), get_args(Kernels))
+        for name in ("kv_cache_bytes", "max_batch_tokens", "max_batch_sequences", "max_context"):
+            value = getattr(self, name)
+            if value is None and name == "max_context":
+                continue
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"bad {name}", expected="an integer of 1 or more", got=repr(value))
+        if type(self.prefix_cache) is not bool:
+            raise ConfigError("bad prefix_cache", expected="True or False", got=repr(self.prefix_cache))
+        if not isinstance(self.policy, str):
+            raise ConfigError("bad policy", expected='"fcfs" or "chaos:SEED"', got=repr(self.policy))
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any]) -> EngineConfig:
+        """A configuration from keys and values.
+
+        Args:
+            settings: some or all of the fields.
+
+        Raises:
+            UnknownKeyError: a key that is no field; names the nearest.
+            ConfigError: a bad value.
+        """
+        known = [field.name for field in fields(cls)]
+        for key in settings:
+            if key not in known:
+                raise UnknownKeyError("engine setting", key, known)
+        return cls(**settings)
+
+    def explain(self) -> str:
+        """Every setting, its value, and whether it is the default; a line each."""
+        lines = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            origin = "default" if value == field.default else f"set, default {field.default!r}"
+            lines.append(f"{field.name} = {value!r}  ({origin})")
+        return "\n".join(lines)

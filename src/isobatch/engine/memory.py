@@ -1,0 +1,77 @@
+"""Whether something fits in memory, asked before it is allocated: Linux would say yes and kill later."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from isobatch.errors import ConfigError, OutOfMemoryError
+from isobatch.kernels.layout import PAGE
+from isobatch.models.checkpoint import expected_tensors
+from isobatch.models.config import ModelConfig
+
+_FLOAT_BYTES = 4
+
+
+def available_bytes(
+    meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")
+) -> int | None:
+    """Memory that can still be had, in bytes.
+
+    Returns:
+        The least of what the kernel calls available and what a control group leaves; None if neither says.
+    """
+    found = []
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+        if "MemAvailable" in fields:
+            found.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    limit, used = cgroup / "memory.max", cgroup / "memory.current"
+    if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
+        found.append(max(0, int(most) - int(used.read_text())))
+    return min(found, default=None)
+
+
+def weight_bytes(config: ModelConfig) -> int:
+    """Bytes of a model's float32 weights."""
+    return sum(math.prod(shape) for shape in expected_tensors(config).values()) * _FLOAT_BYTES
+
+
+def block_bytes(config: ModelConfig) -> int:
+    """Bytes of one KV block of 16 tokens, over all layers, keys and values."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_size * PAGE * _FLOAT_BYTES
+
+
+def kv_blocks(config: ModelConfig, kv_cache_bytes: int) -> int:
+    """How many KV blocks an amount of memory holds.
+
+    Raises:
+        ConfigError: not even one.
+    """
+    blocks = kv_cache_bytes // block_bytes(config)
+    if blocks < 1:
+        raise ConfigError(
+            "the KV cache is too small for a single block",
+            expected=f"at least {block_bytes(config)} bytes: 2 (k and v) x {config.num_layers} layers x "
+            f"{config.num_kv_heads} heads x {config.head_size} x {PAGE} tokens x {_FLOAT_BYTES} bytes",
+            got=f"kv_cache_bytes={kv_cache_bytes}",
+            fix="raise kv_cache_bytes",
+        )
+    return blocks
+
+
+def require(config: ModelConfig, kv_cache_bytes: int, available: int | None) -> None:
+    """Checks that weights and KV cache fit.
+
+    Raises:
+        OutOfMemoryError: they do not; says by how much.
+    """
+    weights = weight_bytes(config)
+    if available is not None and weights + kv_cache_bytes > available:
+        raise OutOfMemoryError(
+            "not enough memory for the model",
+            expected=f"{weights:,} bytes of float32 weights + {kv_cache_bytes:,} of KV cache "
+            f"= {weights + kv_cache_bytes:,}",
+            got=f"{available:,} available",
+            fix="lower kv_cache_bytes, free memory, or use a smaller model",
+        )

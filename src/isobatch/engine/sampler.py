@@ -1,0 +1,87 @@
+"""From rows of logits to tokens and log-probabilities."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence as Rows
+
+import torch
+
+from isobatch.engine.batch import LogitRow
+from isobatch.engine.output import TokenLogProbs
+from isobatch.engine.request import Sequence
+from isobatch.kernels.sampling.cpu import PenaltyRows, SamplingRows
+from isobatch.ops import Ops
+
+
+def choose(ops: Ops, logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
+    """Chooses the next token of each sequence.
+
+    Args:
+        ops: what to compute with.
+        logits: float32 [S, V], one row per sequence.
+        sequences: whose rows these are.
+
+    Returns:
+        S token ids, -1 where the logits hold NaN or infinity.
+
+    Determinism:
+        Each token depends on its row of logits, and its sequence's parameters, seed and tokens.
+    """
+    params = [sequence.params for sequence in sequences]
+    if any(_penalized(sequence) for sequence in sequences):
+        logits = ops.penalize(logits, _penalty_rows(sequences))
+    rows = SamplingRows(
+        temperature=torch.tensor([p.temperature for p in params], dtype=torch.float32),
+        top_k=torch.tensor([p.top_k for p in params]),
+        top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32),
+        min_p=torch.tensor([p.min_p for p in params], dtype=torch.float32),
+        seed=torch.tensor([sequence.seed for sequence in sequences], dtype=torch.uint64),
+        position=torch.tensor([len(sequence) for sequence in sequences]),
+    )
+    return [int(token) for token in ops.sample(logits, rows)]
+
+
+def log_probs(ops: Ops, logits: torch.Tensor, rows: Rows[tuple[LogitRow, int, int]]) -> list[TokenLogProbs]:
+    """Log-probabilities of given tokens.
+
+    Args:
+        ops: what to compute with.
+        logits: float32 [S, V].
+        rows: for each row its meaning, the token, and how many of the likeliest to report.
+    """
+    chosen = torch.tensor([token for _, token, _ in rows])
+    found = ops.top_log_probs(logits, chosen, max(count for _, _, count in rows))
+    ids, values = found.ids.tolist(), found.log_probs.tolist()
+    return [
+        TokenLogProbs(
+            token,
+            float(found.chosen[i]),
+            int(found.rank[i]),
+            tuple(zip(ids[i][:count], values[i][:count], strict=True)),
+        )
+        for i, (_, token, count) in enumerate(rows)
+    ]
+
+
+def _penalized(sequence: Sequence) -> bool:
+    p = sequence.params
+    return p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
+
+
+def _penalty_rows(sequences: Rows[Sequence]) -> PenaltyRows:
+    seen: list[dict[int, int]] = []
+    for sequence in sequences:
+        counts: dict[int, int] = {}
+        if _penalized(sequence):
+            counts = dict.fromkeys(sequence.prompt_ids, 0) | Counter(sequence.output_ids)
+        seen.append(counts)
+    widest = max(1, *map(len, seen))
+    params = [sequence.params for sequence in sequences]
+    return PenaltyRows(
+        ids=torch.tensor([[*c, *[-1] * (widest - len(c))] for c in seen]),
+        counts=torch.tensor([[*c.values(), *[0] * (widest - len(c))] for c in seen]),
+        repetition=torch.tensor([p.repetition_penalty for p in params], dtype=torch.float32),
+        presence=torch.tensor([p.presence_penalty for p in params], dtype=torch.float32),
+        frequency=torch.tensor([p.frequency_penalty for p in params], dtype=torch.float32),
+    )

@@ -1,0 +1,87 @@
+"""What a completion has said so far: text, log-probabilities, and whether it is time to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from isobatch.engine.output import Completion, TokenLogProbs
+from isobatch.engine.request import FinishReason, Sequence
+from isobatch.engine.tokenizer import Detokenizer
+from isobatch.errors import IntegrityError
+
+
+@dataclass(slots=True)
+class Transcript:
+    """The visible side of a sequence.
+
+    Args:
+        sequence: the completion.
+        detokenizer: turns its tokens into text, or None for a model without a tokenizer.
+    """
+
+    sequence: Sequence
+    detokenizer: Detokenizer | None
+    text: str = ""
+    log_probs: list[TokenLogProbs] = field(default_factory=list)
+    stop_reason: str | int | None = None
+
+    def push(self, token: int, eos_token_ids: Collection[int], token_limit: int) -> FinishReason | None:
+        """Takes in the token just appended to the sequence.
+
+        Args:
+            token: its id.
+            eos_token_ids: tokens that end a reply, unless the request ignores them.
+            token_limit: prompt and reply together may not be longer than this.
+
+        Returns:
+            Why the completion is over, or None if it goes on.
+        """
+        params = self.sequence.params
+        if token in params.stop_token_ids or (not params.ignore_eos and token in eos_token_ids):
+            self.stop_reason = token if token in params.stop_token_ids else None
+            self._say("", last=True)
+            return FinishReason.STOP
+        last = len(self.sequence) >= token_limit
+        if self.detokenizer is not None:
+            self._say(self.detokenizer.push(token), last=last)
+        if self.stop_reason is not None:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if last else None
+
+    def _say(self, new: str, *, last: bool) -> None:
+        """Adds text, and cuts it at the first stop string that it completes."""
+        if last and self.detokenizer is not None:
+            new += self.detokenizer.flush()
+        params = self.sequence.params
+        searched = len(self.text)
+        self.text += new
+        earliest = len(self.text)
+        for stop in params.stop:
+            # A stop string may have begun in text that was already there, so look back by its length.
+            at = self.text.find(stop, max(0, searched - len(stop) + 1))
+            if 0 <= at < earliest:
+                earliest, self.stop_reason = at, stop
+        if isinstance(self.stop_reason, str):
+            kept = earliest + (len(self.stop_reason) if params.include_stop_str_in_output else 0)
+            self.text = self.text[:kept]
+
+    def completion(self) -> Completion:
+        """The finished completion.
+
+        Raises:
+            IntegrityError: it is not finished.
+        """
+        sequence = self.sequence
+        if sequence.finish_reason is None:
+            raise IntegrityError(f"sequence {sequence.id} is not finished")
+        return Completion(
+            index=sequence.index,
+            text=self.text,
+            token_ids=tuple(sequence.output_ids),
+            finish_reason=sequence.finish_reason,
+            stop_reason=self.stop_reason,
+            log_probs=None if sequence.params.logprobs is None else tuple(self.log_probs),
+            seed=sequence.seed,
+            preemptions=sequence.preemptions,
+        )

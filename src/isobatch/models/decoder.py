@@ -1,0 +1,70 @@
+"""The decoder: Llama, Qwen2 and Qwen3 differ only in which parts of a layer are there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from isobatch.kernels.layout import Cache, Weight
+from isobatch.models.config import ModelConfig
+from isobatch.models.inputs import Batch
+from isobatch.models.layers import Layer, Norm, Rotary
+from isobatch.ops import Ops
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """A model, ready to run.
+
+    Args:
+        config: what it is.
+        ops: what it computes with.
+        embedding: [V, hidden].
+        layers: first to last.
+        final_norm: before the output projection.
+        output: [V, hidden]; the embedding itself where the two are tied.
+        rotary: angles of every position.
+    """
+
+    config: ModelConfig
+    ops: Ops
+    embedding: Weight
+    layers: tuple[Layer, ...]
+    final_norm: Norm
+    output: Weight
+    rotary: Rotary
+
+    def kv_caches(self, blocks: int) -> list[Cache]:
+        """Empty caches, one per layer, of `blocks` blocks of 16 tokens."""
+        return [
+            self.ops.kv_cache(blocks, self.config.num_kv_heads, self.config.head_size) for _ in self.layers
+        ]
+
+    def __call__(self, batch: Batch, caches: Sequence[Cache]) -> torch.Tensor:
+        """Runs one step.
+
+        Args:
+            batch: the tokens; their keys and values are stored in the caches.
+            caches: one per layer.
+
+        Returns:
+            Next-token logits, float32 [S, V], for the rows that were asked for.
+
+        Determinism:
+            Each row of logits depends on the weights and on its own request's tokens up to its position.
+        """
+        ops = self.ops
+        x, residual = ops.embedding(batch.token_ids, self.embedding), None
+        for layer, cache in zip(self.layers, caches, strict=True):
+            norm = layer.attention_norm
+            x, residual = ops.rms_norm(x, norm.weight, norm.eps, residual)
+            x = layer.attention(ops, x, batch, cache, self.rotary)
+            norm = layer.mlp_norm
+            x, residual = ops.rms_norm(x, norm.weight, norm.eps, residual)
+            x = layer.mlp(ops, x)
+        # Only rows that sample go further: the output projection is the widest of all.
+        x, residual = x[batch.logit_rows], residual[batch.logit_rows] if residual is not None else None
+        x, _ = ops.rms_norm(x, self.final_norm.weight, self.final_norm.eps, residual)
+        return ops.linear(x, self.output)

@@ -1,0 +1,101 @@
+"""From a checkpoint to a decoder: each tensor is read once, straight into the layout of the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from isobatch.kernels.layout import Weight
+from isobatch.kernels.rotary.table import Llama3Scaling, inverse_frequencies, rotary_table, scale_llama3
+from isobatch.models.checkpoint import Checkpoint
+from isobatch.models.config import ModelConfig
+from isobatch.models.decoder import Decoder
+from isobatch.models.layers import MLP, Attention, Layer, Norm, Rotary
+from isobatch.ops import Ops
+
+# Rows of a matrix converted at a time: bounds what loading needs on top of the weights themselves.
+_ROWS_AT_A_TIME = 4096
+
+Progress = Callable[[int, int], None]
+"""Called with (layers loaded, layers in all)."""
+
+
+def load_decoder(checkpoint: Checkpoint, ops: Ops, progress: Progress = lambda _done, _all: None) -> Decoder:
+    """Builds the decoder that a checkpoint holds.
+
+    Args:
+        checkpoint: as `open_checkpoint` gives it, which has checked that every tensor is there.
+        ops: decides the layout of the weights.
+        progress: told after each layer.
+
+    Returns:
+        The decoder. Memory: its float32 weights, and a few thousand rows of the matrix being read.
+    """
+    config = checkpoint.config
+    embedding = _matrix(checkpoint, ops, "model.embed_tokens.weight")
+    layers = []
+    for i in range(config.num_layers):
+        layers.append(_layer(checkpoint, ops, f"model.layers.{i}."))
+        progress(i + 1, config.num_layers)
+    output = embedding if config.tie_embeddings else _matrix(checkpoint, ops, "lm_head.weight")
+    final_norm = Norm(checkpoint.read("model.norm.weight"), config.rms_norm_eps)
+    return Decoder(config, ops, embedding, tuple(layers), final_norm, output, rotary_for(config))
+
+
+def rotary_for(config: ModelConfig) -> Rotary:
+    """The angles of a model's rotary embedding, for every position of its context."""
+    rope = config.rope
+    inv_freq = inverse_frequencies(config.head_size, rope.theta)
+    if rope.kind == "linear":
+        inv_freq = inv_freq / np.float32(rope.factor)
+    elif rope.kind == "llama3":
+        scaling = Llama3Scaling(
+            rope.factor, rope.low_freq_factor, rope.high_freq_factor, rope.original_context
+        )
+        inv_freq = scale_llama3(inv_freq, scaling)
+    if rope.frequency_divisors is not None:
+        inv_freq = inv_freq / np.array(rope.frequency_divisors, np.float32)
+    return Rotary(*rotary_table(inv_freq, config.context_length))
+
+
+def _matrix(checkpoint: Checkpoint, ops: Ops, *names: str) -> Weight:
+    """One weight from the rows of several tensors, one below the other."""
+    heights = [checkpoint.shape(name)[0] for name in names]
+    weight = ops.weight(sum(heights), checkpoint.shape(names[0])[1])
+    at = 0
+    for name, height in zip(names, heights, strict=True):
+        for start in range(0, height, _ROWS_AT_A_TIME):
+            stop = min(start + _ROWS_AT_A_TIME, height)
+            weight.put(at + start, checkpoint.read(name, start, stop))
+        at += height
+    return weight
+
+
+def _layer(checkpoint: Checkpoint, ops: Ops, prefix: str) -> Layer:
+    config = checkpoint.config
+
+    def norm(name: str) -> Norm:
+        return Norm(checkpoint.read(f"{prefix}{name}.weight"), config.rms_norm_eps)
+
+    def matrix(*names: str) -> Weight:
+        return _matrix(checkpoint, ops, *(f"{prefix}{name}.weight" for name in names))
+
+    def bias(*names: str) -> torch.Tensor:
+        return torch.cat([checkpoint.read(f"{prefix}{name}.bias") for name in names])
+
+    qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    attention = Attention(
+        qkv=matrix(*qkv),
+        qkv_bias=bias(*qkv) if config.attention_bias else None,
+        out=matrix("self_attn.o_proj"),
+        out_bias=bias("self_attn.o_proj") if config.output_bias else None,
+        q_norm=norm("self_attn.q_norm") if config.qk_norm else None,
+        k_norm=norm("self_attn.k_norm") if config.qk_norm else None,
+        heads=config.num_heads,
+        kv_heads=config.num_kv_heads,
+        head_size=config.head_size,
+    )
+    mlp = MLP(matrix("mlp.gate_proj", "mlp.up_proj"), matrix("mlp.down_proj"))
+    return Layer(norm("input_layernorm"), attention, norm("post_attention_layernorm"), mlp)
