@@ -1,4 +1,7 @@
-"""The parts of a decoder of the Llama family, on `ops` alone. T tokens, H heads, Hkv key/value heads, D head size."""
+"""The parts of a decoder of the Llama family, on `ops` alone.
+
+Shape letters: T tokens, H heads, Hkv key/value heads, D head size.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +41,8 @@ class Attention:
     """Grouped-query attention.
 
     Args:
-        qkv: [(H + 2 Hkv) D, hidden]: queries, keys and values side by side. One product instead of three gives
-            the same bits, because each output is a sum of its own.
+        qkv: [(H + 2 Hkv) D, hidden]: queries, keys and values side by side. One product instead of three
+            gives the same bits, because each output is a sum of its own.
         qkv_bias: float32 [(H + 2 Hkv) D], or None.
         out: [hidden, H D].
         out_bias: float32 [hidden], or None.
@@ -63,8 +66,8 @@ class Attention:
     def __call__(self, ops: Ops, x: torch.Tensor, batch: Batch, cache: Cache, rotary: Rotary) -> torch.Tensor:
         """x, float32 [T, hidden], attended; stores this step's keys and values in the cache."""
         sizes = [n * self.head_size for n in (self.heads, self.kv_heads, self.kv_heads)]
-        packed = ops.linear(x, self.qkv, self.qkv_bias).split(sizes, -1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in packed)
+        packed = torch.split(ops.linear(x, self.qkv, self.qkv_bias), sizes, -1)
+        q, k, v = (part.reshape(len(x), -1, self.head_size) for part in packed)
         q, k = _normed(ops, q, self.q_norm), _normed(ops, k, self.k_norm)
         q = ops.rotary(q, batch.positions, rotary.cos, rotary.sin)
         k = ops.rotary(k, batch.positions, rotary.cos, rotary.sin)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from isobatch.kernels.layout import Weight
@@ -47,16 +48,16 @@ def load_decoder(checkpoint: Checkpoint, ops: Ops, progress: Progress = lambda _
 def rotary_for(config: ModelConfig) -> Rotary:
     """The angles of a model's rotary embedding, for every position of its context."""
     rope = config.rope
-    inv_freq = inverse_frequencies(config.head_size, rope.theta)
+    inv_freq: npt.NDArray[np.float32] = inverse_frequencies(config.head_size, rope.theta)
     if rope.kind == "linear":
-        inv_freq = inv_freq / np.float32(rope.factor)
+        inv_freq = (inv_freq / np.float32(rope.factor)).astype(np.float32)
     elif rope.kind == "llama3":
         scaling = Llama3Scaling(
             rope.factor, rope.low_freq_factor, rope.high_freq_factor, rope.original_context
         )
         inv_freq = scale_llama3(inv_freq, scaling)
     if rope.frequency_divisors is not None:
-        inv_freq = inv_freq / np.array(rope.frequency_divisors, np.float32)
+        inv_freq = (inv_freq / np.array(rope.frequency_divisors, np.float32)).astype(np.float32)
     return Rotary(*rotary_table(inv_freq, config.context_length))
 
 

@@ -1,0 +1,1 @@
+"""Model definitions, and everything that comes from a checkpoint: configuration, names, weights."""

@@ -1,0 +1,69 @@
+"""Chat templates: rendered as transformers renders them, and without anything that is not in the request."""
+
+from __future__ import annotations
+
+import pytest
+
+from isobatch.engine.chat_template import ChatTemplate
+from isobatch.errors import PromptError, TokenizerError
+
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MESSAGES = [{"role": "user", "content": "Hi <b> 'é'"}, {"role": "assistant", "content": "Yes"}]
+
+
+def _rendered(source: str, **special: str) -> str:
+    return ChatTemplate(source, special).render(MESSAGES, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        CHATML,
+        "{{ bos_token }}{% for m in messages %}\n    {%- if loop.index0 == 1 %}{% break %}{% endif %}\n"
+        "    {{ m['content'] | trim }}\n{% endfor %}\nend",
+        "{{ messages | tojson }} {{ messages[0] | tojson(indent=2) }} {{ undefined_name }}",
+        "{% if tools %}tools{% endif %}{% set ns = namespace(n=0) %}{% for m in messages %}"
+        "{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}{{ messages[-1].content.split('e')[0] }}",
+    ],
+)
+def test_templates_render_as_in_transformers(source: str) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    (expected,), _ = render_jinja_template(
+        [MESSAGES], None, None, source, add_generation_prompt=True, bos_token="<s>"
+    )
+    assert _rendered(source, bos_token="<s>") == expected
+
+
+def test_templates_get_no_clock() -> None:
+    guarded = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}26 Jul 2024{% endif %}"
+    assert _rendered(guarded) == "26 Jul 2024"
+    with pytest.raises(TokenizerError, match="puts the time into the prompt"):
+        _rendered("{{ strftime_now('%Y') }}")
+
+
+@pytest.mark.parametrize("source", ["{% if %}", "{{ [1, 2] | random }}", "{% generation %}", "{{ '"])
+def test_templates_that_do_not_compile_are_refused(source: str) -> None:
+    with pytest.raises(TokenizerError, match="does not compile"):
+        ChatTemplate(source, {})
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[0]['name'] + '!' }}", "name"),
+        ("{{ messages[5]['content'] }}", "element 5"),
+        ("{{ lipsum() }}", "lipsum"),
+        ("{{ messages.append(1) }}", "append"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ 1 / 0 }}", "division"),
+    ],
+)
+def test_messages_that_a_template_refuses_are_refused(source: str, named: str) -> None:
+    with pytest.raises(PromptError, match=named):
+        _rendered(source)
