@@ -36,7 +36,7 @@ def choose(ops: Ops, logits: torch.Tensor, sequences: Rows[Sequence]) -> list[in
         top_k=torch.tensor([p.top_k for p in params]),
         top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32),
         min_p=torch.tensor([p.min_p for p in params], dtype=torch.float32),
-        seed=torch.tensor([sequence.seed for sequence in sequences], dtype=torch.uint64),
+        seed=torch.tensor([_signed(sequence.seed) for sequence in sequences]),
         position=torch.tensor([len(sequence) for sequence in sequences]),
     )
     return [int(token) for token in ops.sample(logits, rows)]
@@ -62,6 +62,11 @@ def log_probs(ops: Ops, logits: torch.Tensor, rows: Rows[tuple[LogitRow, int, in
         )
         for i, (_, token, count) in enumerate(rows)
     ]
+
+
+def _signed(word: int) -> int:
+    """The same 64 bits as a signed integer, which is what tensors hold."""
+    return word - (1 << 64) if word >> 63 else word
 
 
 def _penalized(sequence: Sequence) -> bool:

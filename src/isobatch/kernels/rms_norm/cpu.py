@@ -1,8 +1,8 @@
 """RMS norm on the CPU, float32.
 
-Written order: with a residual, x = x + residual first, rounded. Sixteen lanes; lane t adds x_j * x_j over the j
-with j mod 16 == t, ascending, from zero, product and sum each rounded. The lanes fold in halves: t with t + 8,
-then + 4, + 2, + 1. r = 1 / sqrt(sum / n + eps); y = (x * r) * w.
+Written order: with a residual, x = x + residual first, rounded. Sixteen lanes; lane t adds x_j * x_j over
+the j with j mod 16 == t, ascending, from zero, product and sum each rounded. The lanes fold in halves: t with
+t + 8, then + 4, + 2, + 1. r = 1 / sqrt(sum / n + eps); y = (x * r) * w.
 """
 
 from __future__ import annotations

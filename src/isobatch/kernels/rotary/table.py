@@ -1,8 +1,8 @@
 """The angles of rotary embedding, the same bits on every CPU.
 
-As Hugging Face defines them: inv_freq_i = 1 / theta^(2i/D) in float32, angle = position * inv_freq in float32.
-The power, the sine and the cosine come from our own arithmetic (kernels.cpu.elementary), because libm's last
-bit is a matter of the machine.
+As Hugging Face defines them: inv_freq_i = 1 / theta^(2i/D) and angle = position * inv_freq, both in
+float32. The power, the sine and the cosine come from our own arithmetic (kernels.cpu.elementary), because
+libm's last bit is a matter of the machine.
 """
 
 from __future__ import annotations

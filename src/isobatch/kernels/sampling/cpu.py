@@ -5,12 +5,13 @@ Written order, for a row x:
    x = x - presence if count > 0. Repetition looks at prompt and output, count at the output.
 2. Temperature 0: the largest x, the lowest id among equals. Else z = (x - max x) / temperature, and
    w = exp2(z * log2(e)), so the likeliest token weighs 1.
-3. min_p keeps w >= min_p. top_k keeps the k first by (z descending, id ascending). top_p then sums the kept w in
-   float64 by ascending id, and keeps the shortest prefix, by (z descending, id ascending), whose running float64
-   sum reaches top_p of that total. Weights below (1 - top_p) * total / (2 V) cannot be in it and are passed over.
+3. min_p keeps w >= min_p. top_k keeps the k first by (z descending, id ascending). top_p sums the kept w in
+   float64 by ascending id, and keeps the shortest prefix, by (z descending, id ascending), whose running
+   float64 sum reaches top_p of that total. Weights below (1 - top_p) * total / (2 V) cannot be in it and are
+   passed over.
 4. Gumbel-max over what is kept: the largest z + g, the lowest id among equals, with g = -log(-log(1 - u)) in
-   float64 and u = (Philox word of (seed, position, id) + 1/2) / 2^32. Source: Gumbel 1954; as an argmax it needs no
-   sum, so it has no order to fix.
+   float64 and u = (Philox word of (seed, position, id) + 1/2) / 2^32. Source: Gumbel 1954. An argmax needs no
+   sum, so there is no order to fix.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class SamplingRows:
         top_k: int64 [R], 0 for off.
         top_p: float32 [R], 1 for off.
         min_p: float32 [R], 0 for off.
-        seed: uint64 [R].
+        seed: int64 [R], the 64 bits of an unsigned seed.
         position: int64 [R], the position in the sequence that the sampled token will take.
     """
 

@@ -33,12 +33,13 @@ def philox(c0, c1, c2, c3, k0, k1):
 @device
 def noise_word(seed, position, token):
     """The 32 random bits of (seed, position, token): four neighbouring tokens share a counter."""
+    key = np.uint64(seed)
     words = philox(
         np.uint32(token // 4),
         np.uint32(position),
         np.uint32(0),
         np.uint32(0),
-        np.uint32(seed & _LOW),
-        np.uint32(seed >> _32),
+        np.uint32(key & _LOW),
+        np.uint32(key >> _32),
     )
     return words[token % 4]

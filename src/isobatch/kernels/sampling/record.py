@@ -30,7 +30,7 @@ def _draw_sample(name: str, rows: int, variant: str) -> RowCase:
         "top_k": torch.full((rows,), top_k),
         "top_p": torch.full((rows,), top_p),
         "min_p": torch.full((rows,), min_p),
-        "seed": integers(f"{name}/seed", rows, 2**31).to(torch.uint64),
+        "seed": integers(f"{name}/seed", rows, 2**31) * -3,
         "position": integers(f"{name}/position", rows, 4096),
     }
     return RowCase(per_row, {}, group=("rows", SamplingRows))

@@ -1,0 +1,1 @@
+"""Row 6: what is promised, stated so that a machine can refute it."""

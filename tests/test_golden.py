@@ -1,0 +1,51 @@
+"""The same bits on every CPU: golden digests here, and with the compiler told that this CPU is another."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from isobatch.ops.fingerprint import computed_digests, fingerprint, golden_digests
+
+_PRINT_DIGESTS = """
+import json
+from isobatch.ops.fingerprint import computed_digests
+from isobatch.kernels.cpu.tile import LANES
+print(json.dumps([LANES, computed_digests()]))
+"""
+# (CPU, features, floats in a vector): with 256-bit vectors; and with neither vectors beyond SSE2 nor an fma
+# instruction, where every step of a chain is a call of libm's fmaf.
+_OTHER_CPUS = {"x86_64": [("haswell", "+avx2,+fma", 8), ("x86-64", "", 8)]}.get(platform.machine(), [])
+
+
+def test_this_machine_gives_the_golden_bits() -> None:
+    assert computed_digests() == golden_digests()
+
+
+@pytest.mark.parametrize(("cpu", "features", "lanes"), _OTHER_CPUS)
+def test_another_cpu_gives_the_golden_bits(cpu: str, features: str, lanes: int) -> None:
+    environment = {**os.environ, "NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features}
+    ran = subprocess.run(
+        [sys.executable, "-c", _PRINT_DIGESTS], env=environment, capture_output=True, text=True, check=True
+    )
+    used_lanes, digests = json.loads(ran.stdout)
+    assert used_lanes == lanes
+    assert digests == golden_digests()
+
+
+def test_fingerprint_follows_the_golden_digests(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fingerprint()
+    changed = {**golden_digests(), "linear/wide": "0" * 64}
+    monkeypatch.setattr("isobatch.ops.fingerprint.golden_digests", lambda: changed)
+    fingerprint.cache_clear()
+    try:
+        assert fingerprint() != before
+    finally:
+        monkeypatch.undo()
+        fingerprint.cache_clear()
+    assert fingerprint() == before
