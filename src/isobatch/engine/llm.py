@@ -143,10 +143,10 @@ class LLM:
                 while True:
                     replies = self.engine.step()
                     text = replies[0].text if replies else self.engine.text_so_far(request)[0]
-                    # A stop string may still take back what it is a beginning of; the reply's text never does.
                     if replies:
                         yield text[len(said) :]
                         return
+                    # A stop string still to come may take back its own beginning.
                     held = _possible_stop(text, (params or SamplingParams()).stop)
                     yield text[len(said) : len(text) - held]
                     said = text[: len(text) - held]

@@ -1,0 +1,388 @@
+"""Which tokens are computed in the next step, and in which KV blocks. Plain Python, plain integers.
+
+The scheduler is *untrusted*: it decides when a token is computed and where its keys and values lie, and no
+bit of any reply depends on either. It may therefore follow any policy, however wild, and it never deadlocks:
+
+- The first running sequence in a step's order goes on. If no block is free, others that are not yet in the
+  step give theirs up; a sequence alone always fits, for `add` has refused what would not.
+- A sequence waits without blocks. So with nobody running every block is free, and somebody is admitted.
+
+The engine's loop: `schedule`, run the chunks, `commit`, append a token to each sequence whose chunk samples,
+`finish` those that are over. A step that is never committed, because running it failed, is planned again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, field
+from itertools import islice
+
+from isobatch.engine.block_pool import BlockPool
+from isobatch.engine.policies import Policy
+from isobatch.engine.prefix_cache import Node, PrefixCache
+from isobatch.engine.request import FinishReason, Sequence
+from isobatch.errors import CapacityError, ConfigError, IntegrityError, PromptError, UnknownRequestError
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive tokens of one sequence, to be computed in one step.
+
+    Attributes:
+        sequence: whose they are.
+        start: the position of the first; all before it are in the KV cache.
+        token_ids: the tokens, at least one.
+        block_table: the sequence's blocks, enough for the chunk's last token.
+        samples: whether the chunk ends at the last known token, so that its logits give the next one.
+    """
+
+    sequence: Sequence
+    start: int
+    token_ids: tuple[int, ...]
+    block_table: tuple[int, ...]
+    samples: bool
+
+    @property
+    def stop(self) -> int:
+        """The position after the last."""
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledStep:
+    """What one run of the model computes.
+
+    Attributes:
+        chunks: at least one; at most one per sequence.
+        preempted: the ids of the sequences that lost their blocks while the step was planned.
+    """
+
+    chunks: tuple[Chunk, ...]
+    preempted: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A step in the making."""
+
+    budget: int
+    chunks: dict[int, Chunk] = field(default_factory=dict)
+    preempted: list[int] = field(default_factory=list)
+    admitting: bool = True
+    # The block that each chunk fills first, as (what comes before it, its tokens).
+    filling: set[tuple[Node, tuple[int, ...]]] = field(default_factory=set)
+
+
+class Scheduler:
+    """Keeps the queue, the running sequences and their blocks.
+
+    Args:
+        pool: the KV blocks, used by nobody else.
+        prefix_cache: over the same pool; None to compute every prefix anew.
+        policy: order, chunk sizes, preemptions.
+        max_batch_tokens: the most tokens in one step.
+        max_batch_sequences: the most sequences running at once.
+        max_context: the most tokens of prompt and reply together, in tokens.
+
+    Raises:
+        ConfigError: a limit below 1.
+
+    Determinism: replies do not depend on anything decided here; see the module's own text.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        prefix_cache: PrefixCache | None,
+        policy: Policy,
+        *,
+        max_batch_tokens: int,
+        max_batch_sequences: int,
+        max_context: int,
+    ) -> None:
+        if min(max_batch_tokens, max_batch_sequences, max_context) < 1:
+            raise ConfigError(
+                "a scheduler that could run nothing",
+                expected="max_batch_tokens, max_batch_sequences and max_context of 1 or more",
+                got=f"{max_batch_tokens}, {max_batch_sequences} and {max_context}",
+            )
+        self._pool = pool
+        self._cache = prefix_cache
+        self._policy = policy
+        self._max_batch_tokens = max_batch_tokens
+        self._max_batch_sequences = max_batch_sequences
+        self._max_context = max_context
+        self._waiting: OrderedDict[int, Sequence] = OrderedDict()
+        self._running: dict[int, Sequence] = {}
+        self._tips: dict[int, Node] = {}  # per running sequence, the cache's node of its last full block
+        self._planned: ScheduledStep | None = None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is unfinished."""
+        return bool(self._waiting or self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences without blocks, new or preempted."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences with blocks."""
+        return len(self._running)
+
+    def token_limit(self, sequence: Sequence) -> int:
+        """Return how many tokens, prompt and reply together, the sequence may have: with these it is over.
+
+        Args:
+            sequence: any.
+
+        Returns:
+            Prompt plus `max_tokens`, or `max_context` where that is less. Either way it ends as `length`.
+        """
+        return min(len(sequence.prompt_ids) + sequence.params.max_tokens, self._max_context)
+
+    def add(self, sequence: Sequence) -> None:
+        """Put a new sequence at the end of the queue.
+
+        Args:
+            sequence: with an id that no unfinished sequence has.
+
+        Raises:
+            PromptError: the prompt is empty, or leaves no room in the context for even one token.
+            CapacityError: the sequence could not run to its end even if it had every block.
+            IntegrityError: the id is taken.
+        """
+        prompt = len(sequence.prompt_ids)
+        if not 1 <= prompt < self._max_context:
+            raise PromptError(
+                "a prompt that cannot be continued",
+                expected=f"1 to {self._max_context - 1} tokens, one less than the context",
+                got=f"{prompt} tokens",
+                fix="shorten the prompt" if prompt else "pass at least one token",
+            )
+        limit, blocks, size = self.token_limit(sequence), self._pool.num_blocks, self._pool.block_size
+        if self._blocks_for(limit) > blocks:
+            raise CapacityError(
+                "a request that could never fit in the KV cache",
+                expected=f"at most {blocks} blocks x {size} = {blocks * size} tokens",
+                got=f"prompt {prompt} + max_tokens {sequence.params.max_tokens}, at most context "
+                f"{self._max_context}: {limit} tokens in {self._blocks_for(limit)} blocks",
+                fix="shorten the prompt, lower max_tokens, or give the KV cache more memory",
+            )
+        if sequence.id in self._waiting or sequence.id in self._running:
+            raise IntegrityError(f"two sequences with the id {sequence.id}")
+        self._waiting[sequence.id] = sequence
+
+    def abort(self, sequence_id: int) -> bool:
+        """Drop a sequence, also in the middle of a step.
+
+        Args:
+            sequence_id: any id.
+
+        Returns:
+            Whether there was such a sequence, unfinished.
+        """
+        sequence = self._running.get(sequence_id, self._waiting.get(sequence_id))
+        if sequence is None:
+            return False
+        self.finish(sequence, FinishReason.ABORT)
+        return True
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """End a sequence and give its blocks back; the prefix cache goes on knowing the full ones.
+
+        Args:
+            sequence: waiting or running here.
+            reason: recorded in the sequence. After `ERROR` the cache forgets its blocks: nothing that a
+                failed sequence wrote is served to another.
+
+        Raises:
+            UnknownRequestError: the sequence is not here, or no longer.
+        """
+        if self._waiting.pop(sequence.id, None) is None:
+            if sequence.id not in self._running:
+                raise UnknownRequestError(f"no unfinished sequence has the id {sequence.id}")
+            if reason is FinishReason.ERROR and self._cache is not None:
+                for block in sequence.block_table:
+                    self._cache.forget(block)
+            self._release(sequence)
+        sequence.finish_reason = reason
+
+    def schedule(self) -> ScheduledStep | None:
+        """Plan the next step. Blocks are assigned; nothing counts as computed until `commit`.
+
+        Returns:
+            The step, with at least one chunk, or None if there is no work.
+
+        Raises:
+            IntegrityError: a sequence was sampled but got no token, the policy answered out of range, or
+                nothing can go on.
+        """
+        self._planned = None
+        if not self.has_work:
+            return None
+        draft = _Draft(budget=self._max_batch_tokens)
+        for sequence in list(self._running.values()):
+            if self._policy.interrupts(sequence):
+                self._preempt(sequence, draft)
+        # No more than this many can be admitted in a step, so a long queue costs no more than a short one.
+        queue = islice(self._waiting.values(), self._max_batch_sequences)
+        for sequence in sorted([*self._running.values(), *queue], key=self._policy.rank):
+            if draft.budget == 0:
+                break
+            if sequence.id in self._running or self._admit(sequence, draft):
+                self._place(sequence, draft)
+        if not draft.chunks:
+            raise IntegrityError("no sequence can go on", got=f"{self.num_running} running, all blocks taken")
+        self._planned = ScheduledStep(tuple(draft.chunks.values()), tuple(draft.preempted))
+        return self._planned
+
+    def commit(self, step: ScheduledStep) -> None:
+        """Record that the step has been run: its tokens are computed, and its full blocks become known.
+
+        Args:
+            step: the latest from `schedule`, not committed before. Sequences finished since are passed over.
+
+        Raises:
+            IntegrityError: any other step.
+        """
+        if step is not self._planned:
+            raise IntegrityError("a stale step", expected="the latest from schedule(), committed once")
+        self._planned = None
+        size = self._pool.block_size
+        for chunk in step.chunks:
+            sequence = chunk.sequence
+            if sequence.finish_reason is not None:
+                continue
+            sequence.computed = chunk.stop
+            if self._cache is None:
+                continue
+            tip = self._tips[sequence.id]
+            for index in range(chunk.start // size, chunk.stop // size):
+                tokens = self._block_tokens(sequence, index)
+                tip = self._cache.insert(tip, tokens, sequence.block_table[index])
+            self._tips[sequence.id] = tip
+
+    def check(self) -> None:
+        """Verify the pool, the cache, and that every reference is a running sequence's. Slow; for tests.
+
+        Raises:
+            IntegrityError: something does not add up.
+        """
+        self._pool.check()
+        if self._cache is not None:
+            self._cache.check()
+        size = self._pool.block_size
+        holders: Counter[int] = Counter()
+        content: dict[int, tuple[int, ...]] = {}
+        for sequence in self._running.values():
+            holders.update(sequence.block_table)
+            if not sequence.computed <= len(sequence.block_table) * size < self.token_limit(sequence) + size:
+                raise IntegrityError(f"sequence {sequence.id} holds {len(sequence.block_table)} blocks")
+            for index, block in enumerate(sequence.block_table):
+                prefix = sequence.tokens(0, min((index + 1) * size, len(sequence)))
+                shared = content.setdefault(block, prefix)
+                if self._pool.references(block) > 1 and (shared != prefix or len(prefix) % size):
+                    raise IntegrityError(f"block {block} is shared by sequences that differ")
+        for block in range(self._pool.num_blocks):
+            if self._pool.references(block) != holders[block]:
+                raise IntegrityError(
+                    f"block {block} has the wrong count",
+                    expected=f"{holders[block]} holders",
+                    got=self._pool.references(block),
+                )
+        if any(sequence.block_table or sequence.computed for sequence in self._waiting.values()):
+            raise IntegrityError("a waiting sequence holds blocks")
+        if self._tips.keys() != (set() if self._cache is None else self._running.keys()):
+            raise IntegrityError("the cache's nodes are not those of the running sequences")
+
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self._pool.block_size)
+
+    def _admit(self, sequence: Sequence, draft: _Draft) -> bool:
+        """Let a waiting sequence run, on the blocks the cache has for it, if the rest of it would fit."""
+        if not draft.admitting or len(self._running) >= self._max_batch_sequences:
+            return False
+        size = self._pool.block_size
+        hits: list[int] = []
+        if self._cache is not None:
+            tip = self._cache.root
+            # Log-probs of the prompt need logits at each of its positions, and a hit would skip them. For the
+            # same reason no hit covers the last known token: it is the one that is sampled from.
+            if sequence.params.prompt_logprobs is None:
+                tokens = sequence.tokens(0, len(sequence) - 1)
+                hits, tip = self._cache.match(tokens)
+                if (tip, tokens[len(hits) * size :][:size]) in draft.filling:
+                    return False  # somebody in this very step computes its next block: a hit, one step later
+            self._tips[sequence.id] = tip
+        for block in hits:
+            self._pool.incref(block)
+        sequence.block_table = hits
+        if self._blocks_for(len(sequence)) - len(hits) > self._pool.num_free:
+            self._release(sequence)
+            draft.admitting = False  # the next in the queue must not overtake for being small
+            return False
+        sequence.computed = len(hits) * size
+        if not sequence.preemptions:
+            sequence.cached_tokens = sequence.computed
+        del self._waiting[sequence.id]
+        self._running[sequence.id] = sequence
+        return True
+
+    def _place(self, sequence: Sequence, draft: _Draft) -> None:
+        """Give a running sequence its chunk of the step, unless there is no block for it."""
+        remaining = sequence.remaining
+        if not remaining:
+            raise IntegrityError(f"sequence {sequence.id} has no token to compute", expected="one appended")
+        most = min(self._room(sequence, draft), remaining, draft.budget)
+        if most == 0:
+            return
+        count = self._policy.chunk(sequence, most)
+        if not 1 <= count <= most:
+            raise IntegrityError("a policy's chunk is out of range", expected=f"1 to {most}", got=count)
+        start, stop = sequence.computed, sequence.computed + count
+        while len(sequence.block_table) < self._blocks_for(stop):
+            sequence.block_table.append(self._pool.allocate())
+        table = tuple(sequence.block_table)
+        tokens = sequence.tokens(start, stop)
+        draft.chunks[sequence.id] = Chunk(sequence, start, tokens, table, samples=count == remaining)
+        draft.budget -= count
+        index = start // self._pool.block_size
+        if self._cache is not None and stop >= (index + 1) * self._pool.block_size:
+            draft.filling.add((self._tips[sequence.id], self._block_tokens(sequence, index)))
+
+    def _room(self, sequence: Sequence, draft: _Draft) -> int:
+        """Return how many more tokens there are blocks for, preempting others rather than returning 0."""
+        size = self._pool.block_size
+        while not (room := (len(sequence.block_table) + self._pool.num_free) * size - sequence.computed):
+            # Whoever is in the step keeps its blocks: they are about to be read. If that leaves nobody, the
+            # sequence sits this step out.
+            out = (other for other in self._running.values() if other.id not in draft.chunks)
+            others = [other for other in out if other is not sequence]
+            if not others:
+                break
+            self._preempt(self._policy.victim(others), draft)
+        return room
+
+    def _block_tokens(self, sequence: Sequence, index: int) -> tuple[int, ...]:
+        size = self._pool.block_size
+        return sequence.tokens(index * size, (index + 1) * size)
+
+    def _preempt(self, sequence: Sequence, draft: _Draft) -> None:
+        """Take a running sequence's blocks away and put it at the head of the queue."""
+        self._release(sequence)
+        sequence.preemptions += 1
+        self._waiting[sequence.id] = sequence
+        self._waiting.move_to_end(sequence.id, last=False)
+        draft.preempted.append(sequence.id)
+
+    def _release(self, sequence: Sequence) -> None:
+        """Give all blocks back, the last first, so that the cache loses prefixes from their ends."""
+        for block in reversed(sequence.block_table):
+            self._pool.decref(block)
+        sequence.block_table = []
+        sequence.computed = 0
+        self._tips.pop(sequence.id, None)
+        self._running.pop(sequence.id, None)
