@@ -1,0 +1,82 @@
+"""`isobatch bench`: what the promise costs, as ratios measured side by side in one run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_RED_GATE = 1
+_RESULTS = Path("benchmarks/results")
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Adds the subcommand."""
+    parser = subparsers.add_parser(
+        "bench",
+        help="measure speed against transformers and torch's own kernels; bits are checked first",
+        description="Checks the bits, then measures; a red gate prints no number. Needs the extra [bench].",
+    )
+    parser.add_argument("target", choices=("cpu",), help="what to measure on")
+    parser.add_argument("--model", default="demo", help="SmolLM2-135M-Instruct by default; a .gguf file")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each side; medians count (default 3)")
+    parser.add_argument("--out", type=Path, help=f"results file (default {_RESULTS}/TARGET.json)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures, prints a table, and keeps the results.
+
+    Returns:
+        0; or 1 if the bits were wrong, in which case nothing was measured.
+
+    Raises:
+        MissingDependencyError: transformers is not installed.
+        ConfigError: repeats below 1.
+    """
+    from isobatch.cli import bench_cpu, results
+    from isobatch.errors import ConfigError
+    from isobatch.models.locate import demo_weights
+
+    if arguments.repeats < 1:
+        raise ConfigError("bench: bad --repeats", expected="1 or more", got=arguments.repeats)
+    model = demo_weights() if arguments.model == "demo" else Path(arguments.model)
+    console = Console(stderr=True)
+    with console.status("checking the bits") as status:
+        failures = bench_cpu.gate(model)
+        if failures:
+            for failure in failures:
+                console.print(f"[red]{failure}[/]")
+            if arguments.json:
+                print(json.dumps({"gate": failures}))
+            return _RED_GATE
+        figures = bench_cpu.measure(model, arguments.repeats, status.update)
+    report: dict[str, Any] = {"gate": "green", "figures": figures}
+    path = arguments.out or _RESULTS / f"{arguments.target}.json"
+    results.write(path, report)
+    _print(Console(stderr=arguments.json), figures)
+    console.print(f"kept in {path}")
+    if arguments.json:
+        print(json.dumps(report))
+    return 0
+
+
+def _print(console: Console, figures: list[dict[str, Any]]) -> None:
+    table = Table(title="isobatch on the CPU; ratio above 1: isobatch is better")
+    for heading in ("", "unit", "isobatch", "other side", "ratio", "goal"):
+        table.add_column(heading, justify="left" if heading in ("", "unit") else "right")
+    for figure in figures:
+        met = figure["ratio"] >= figure["goal"]
+        table.add_row(
+            f"{figure['what']} against {figure['against']}",
+            figure["unit"],
+            f"{figure['isobatch']:.1f}",
+            f"{figure['other']:.1f}",
+            f"[{'green' if met else 'red'}]{figure['ratio']:.2f}[/]",
+            f"{figure['goal']:.2f}",
+        )
+    console.print(table)

