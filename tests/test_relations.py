@@ -1,4 +1,4 @@
-"""Every op, every member, seven relations, bit by bit; and for each relation a planted fault it must catch."""
+"""Every op, every member, seven relations, bit by bit; and a planted fault that each relation must catch."""
 
 from __future__ import annotations
 

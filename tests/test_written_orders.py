@@ -1,4 +1,4 @@
-"""The written orders, replayed step by step in scalar arithmetic: what the module says is what the kernel does."""
+"""The written orders, replayed in scalar arithmetic: what a module says is what its kernel does."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def run(op: str, case: RowCase | AttentionCase) -> torch.Tensor:
     return case.call(record(op).member(record(op).production))[0]
 
 
-def chain(a: Row, b: Row, start: np.float32 = F(0)) -> np.float32:
-    total = start
+def chain(a: Row, b: Row) -> np.float32:
+    total = F(0)
     for x, y in zip(a, b, strict=True):
         total = fma32(x, y, total)
     return total

@@ -49,7 +49,7 @@ _SUBNORMALS = (
 def check_subnormals() -> Check:
     """Whether subnormal numbers survive arithmetic, on this thread and on those that kernels run on.
 
-    The golden digests would not show it: their inputs hold none.
+    The golden digests would differ as well; this says why.
     """
     factor = torch.tensor([factor for _, _, factor, _ in _SUBNORMALS])
     x, expected = (

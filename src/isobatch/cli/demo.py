@@ -39,7 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "demo",
         help="one prompt many times under changing load: how many different answers?",
         description=f"Sends copies of {_PROMPT!r} among other prompts, at random times, to a scheduler that "
-        "decides at random: with our kernels and with torch's own. Exit code 0 only if isobatch gave one answer.",
+        "decides at random: with our kernels and with torch's own. Exit code 0 only if isobatch gave one.",
     )
     parser.add_argument("--model", default="demo", help="SmolLM2-135M-Instruct by default")
     parser.add_argument("--copies", type=int, default=64, help="copies of the prompt (default 64)")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from isobatch.cli.checks import Check
@@ -88,7 +88,7 @@ def _checked(*, quick: bool) -> list[Check]:
 def _print(report: dict[str, Any]) -> None:
     console = Console(markup=False, highlight=False)
     cache, layer = report["kernel_cache"], report["threading_layer"]
-    facts = Table("machine", "", box=SIMPLE)
+    facts = Table("machine", _whole(), box=SIMPLE)
     for name, value in {**report["versions"], **report["hardware"]}.items():
         facts.add_row(name, str(value))
     advice = " (works, but slowly: install libgomp1)" if layer == "workqueue" else ""
@@ -100,7 +100,7 @@ def _print(report: dict[str, Any]) -> None:
     ops = Table("op", "members of its bit class", "they differ around these row counts", box=SIMPLE)
     for op in report["ops"]:
         ops.add_row(op["name"], ", ".join(op["members"]), ", ".join(map(str, op["thresholds"])))
-    checks = Table("check", "", "", box=SIMPLE)
+    checks = Table("check", "", _whole(), box=SIMPLE)
     for check in report["checks"]:
         said = check["summary"] if check["ok"] else "\n".join(check["failures"])
         checks.add_row(check["name"], "ok" if check["ok"] else "FAILED", said)
@@ -112,3 +112,8 @@ def _print(report: dict[str, Any]) -> None:
         console.print(
             f"This machine is not of the class {report['fingerprint']}: its replies have other bits."
         )
+
+
+def _whole() -> Column:
+    """A column that breaks what is too long: a path or a digest cut short would be of no use."""
+    return Column(overflow="fold")

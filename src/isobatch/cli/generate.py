@@ -164,6 +164,7 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
 
 
 def _load(model: str, config: EngineConfig) -> LLM:
+    from isobatch.cli.machine import kernel_cache
     from isobatch.engine.llm import LLM
     from isobatch.models.locate import demo_weights
 
@@ -172,6 +173,8 @@ def _load(model: str, config: EngineConfig) -> LLM:
             "isobatch: warning: with stock kernels the bits of a reply depend on the load; no fingerprint",
             file=sys.stderr,
         )
+    elif not kernel_cache()["compiled"]:
+        print("isobatch: compiling kernels: the first run takes a minute longer", file=sys.stderr)
     return LLM(demo_weights() if model == "demo" else model, config)
 
 

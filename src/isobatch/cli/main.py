@@ -59,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: after --help and --version.
     """
     try:
-        code = _run(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()  # a reader that went away is noticed here, not while Python shuts down
+        return _run(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         print("isobatch: interrupted", file=sys.stderr)
         return _INTERRUPTED
@@ -71,7 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:  # noqa: BLE001 - left to Python it would exit with 1, which means a broken promise
         traceback.print_exc()
         return _INTERNAL
-    return code
 
 
 def _run(words: Sequence[str]) -> int:
@@ -84,6 +82,8 @@ def _run(words: Sequence[str]) -> int:
         if "--json" in words:
             print(json.dumps({"error": {"type": type(error).__name__, "message": str(error)}}))
         return next((code for kind, code in _CODES.items() if isinstance(error, kind)), _INTERNAL)
+    finally:
+        sys.stdout.flush()  # a reader that went away is noticed here, not while Python shuts down
 
 
 def _parser() -> Parser:

@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            kind = action.option_strings[-1] if action.option_strings else "command"
+            kind = action.option_strings[-1] if action.option_strings else action.dest
             raise UnknownKeyError(kind, str(value), [str(choice) for choice in action.choices])
 
     def error(self, message: str) -> NoReturn:
