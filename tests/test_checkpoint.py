@@ -247,8 +247,13 @@ def test_repository_is_found_in_the_local_cache(
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "no such name!", "a/b/c/d"])
 def test_nothing_anywhere_says_where_it_looked(name: str) -> None:
-    with pytest.raises(ModelNotFoundError, match=r"a folder or \.gguf file /.*hf download"):
+    with pytest.raises(ModelNotFoundError, match=r"no model at /.*a folder or a \.gguf file.*check the path"):
         locate(name)
+
+
+def test_a_repository_that_is_not_in_the_cache_says_how_to_fetch_it() -> None:
+    with pytest.raises(ModelNotFoundError, match=r"a folder or \.gguf file /.*hf download nobody/no-model"):
+        locate("nobody/no-model")
 
 
 def test_missing_demo_weights_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:

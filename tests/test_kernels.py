@@ -149,7 +149,7 @@ def test_wrong_arguments_are_refused_by_name() -> None:
         ops.linear(torch.zeros(2, 15), weight)
     with pytest.raises(UnsupportedOpError, match="bfloat16"):
         ops.linear(torch.zeros(2, 16, dtype=torch.bfloat16), weight)
-    with pytest.raises(ShapeError, match="token id out of range"):
+    with pytest.raises(ShapeError, match="token_ids out of range"):
         ops.embedding(torch.tensor([8]), weight)
     with pytest.raises(ShapeError, match="multiple of 16"):
         ops.kv_cache(4, 2, 40)

@@ -18,7 +18,8 @@
     │   └── TokenizerError
     ├── KernelError
     │   ├── UnsupportedOpError(NotImplementedError)   no certified member for this input: refused, not guessed
-    │   └── ShapeError(ValueError)         an argument of the wrong shape, dtype or device
+    │   ├── ShapeError(ValueError)         an argument of the wrong shape, dtype or device
+    │   └── FloatEnvironmentError          the process computes otherwise than IEEE 754 says
     ├── IntegrityError(AssertionError)     an internal invariant broke; a bug in isobatch
     ├── OutOfMemoryError(MemoryError)      with the arithmetic
     └── MissingDependencyError(ImportError)  names the extra to install
@@ -133,6 +134,10 @@ class UnsupportedOpError(KernelError, NotImplementedError):
 
 class ShapeError(KernelError, ValueError):
     """An argument of the wrong shape, dtype, device or layout."""
+
+
+class FloatEnvironmentError(KernelError):
+    """The process computes otherwise than IEEE 754 says, so its bits would not be the promised ones."""
 
 
 class IntegrityError(IsobatchError, AssertionError):

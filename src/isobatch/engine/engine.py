@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
@@ -40,6 +41,26 @@ class _Request:
     @property
     def finished(self) -> bool:
         return all(t.sequence.finish_reason is not None for t in self.transcripts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """What one row of logits came to.
+
+    Args:
+        row: its meaning.
+        token: chosen, or known already from the prompt; -1 where the logits hold NaN or infinity.
+        entry: the token's log-probabilities, if the request wants them.
+    """
+
+    row: LogitRow
+    token: int
+    entry: TokenLogProbs | None
+
+
+def _rows(logits: torch.Tensor, at: list[int]) -> torch.Tensor:
+    """Some rows of the logits, without a copy if it is all of them."""
+    return logits if len(at) == len(logits) else logits[at]
 
 
 class Engine:
@@ -181,63 +202,56 @@ class Engine:
             return []
         batch, meanings = build_batch(step)
         logits = self.decoder(batch, self._caches)
+        # All that can fail comes before the first change: a step that failed is simply planned again.
+        results = self._read(logits, meanings)
         self.scheduler.commit(step)
         touched = {}
-        if meanings:
-            self._take_prompt(logits, meanings)
-            for request in self._take_sampled(logits, meanings):
+        for result in results:
+            if result.row.sequence.finish_reason is None:
+                request = self._take_in(result)
                 touched[request.id] = request
         return [self._reply(request) for request in touched.values() if request.finished]
 
-    def _take_prompt(self, logits: torch.Tensor, meanings: list[LogitRow]) -> None:
-        """Log-probabilities of prompt tokens that are already known."""
-        at, rows = [], []
-        for i, meaning in enumerate(meanings):
-            sequence = meaning.sequence
-            if not meaning.samples and sequence.params.prompt_logprobs is not None:
-                at.append(i)
-                rows.append((meaning, sequence.prompt_ids[meaning.position], sequence.params.prompt_logprobs))
-        if rows:
-            found = sampler.log_probs(self.decoder.ops, logits[at], rows)
-            for (meaning, _, _), entry in zip(rows, found, strict=True):
-                request, _ = self._owner[meaning.sequence.id]
-                request.prompt_log_probs[meaning.position] = entry
-
-    def _take_sampled(self, logits: torch.Tensor, meanings: list[LogitRow]) -> list[_Request]:
-        """Chooses tokens, appends them, ends what is over. Returns the requests it touched."""
-        at = [i for i, meaning in enumerate(meanings) if meaning.samples]
-        if not at:
-            return []
-        sampled = [meanings[i] for i in at]
-        chosen = logits if len(at) == len(meanings) else logits[at]
-        tokens = sampler.choose(self.decoder.ops, chosen, [m.sequence for m in sampled])
-        wanted = [
-            i
-            for i, (m, token) in enumerate(zip(sampled, tokens, strict=True))
-            if m.sequence.params.logprobs is not None and token >= 0
+    def _read(self, logits: torch.Tensor, rows: list[LogitRow]) -> list[_Result]:
+        """What the logits say: a token for each row, chosen or known, and log-probabilities where wanted."""
+        ops = self.decoder.ops
+        tokens = [-1 if row.samples else row.sequence.prompt_ids[row.position] for row in rows]
+        at = [i for i, row in enumerate(rows) if row.samples]
+        if at:
+            chosen = sampler.choose(ops, _rows(logits, at), [rows[i].sequence for i in at])
+            for i, token in zip(at, chosen, strict=True):
+                tokens[i] = token
+        counts = [
+            row.sequence.params.logprobs if row.samples else row.sequence.params.prompt_logprobs
+            for row in rows
         ]
-        entries = {}
+        wanted = [(i, count) for i, count in enumerate(counts) if count is not None and tokens[i] >= 0]
+        entries: dict[int, TokenLogProbs] = {}
         if wanted:
-            rows = [(sampled[i], tokens[i], sampled[i].sequence.params.logprobs or 0) for i in wanted]
-            found = sampler.log_probs(self.decoder.ops, chosen[wanted], rows)
-            entries = dict(zip(wanted, found, strict=True))
-        touched = []
-        for i, (meaning, token) in enumerate(zip(sampled, tokens, strict=True)):
-            sequence = meaning.sequence
-            if sequence.finish_reason is not None:
-                continue  # a sibling failed in this very step, and took the request with it
-            request, transcript = self._owner[sequence.id]
-            touched.append(request)
-            if token < 0:
-                self._fail(request, meaning.position)
-                continue
-            sequence.append(token)
-            if i in entries:
-                transcript.log_probs.append(entries[i])
-            reason = transcript.push(token, self._eos, self.scheduler.token_limit(sequence))
-            if reason is not None:
-                self.scheduler.finish(sequence, reason)
-        return touched
+            at = [i for i, _ in wanted]
+            asked = [(tokens[i], count) for i, count in wanted]
+            entries = dict(zip(at, sampler.log_probs(ops, _rows(logits, at), asked), strict=True))
+        return [_Result(row, tokens[i], entries.get(i)) for i, row in enumerate(rows)]
+
+    def _take_in(self, result: _Result) -> _Request:
+        """Records one row's result, and ends what is over. Returns the request it belongs to."""
+        sequence = result.row.sequence
+        request, transcript = self._owner[sequence.id]
+        entry = result.entry
+        if result.token < 0 or (entry is not None and not math.isfinite(entry.log_prob)):
+            self._fail(request, result.row.position)
+            return request
+        if not result.row.samples:
+            if entry is not None:
+                request.prompt_log_probs[result.row.position] = entry
+            return request
+        sequence.append(result.token)
+        if entry is not None:
+            transcript.log_probs.append(entry)
+        reason = transcript.push(result.token, self._eos, self.scheduler.token_limit(sequence))
+        if reason is not None:
+            self.scheduler.finish(sequence, reason)
+        return request
 
     def _fail(self, request: _Request, position: int) -> None:
         """Ends a request whose logits are not numbers; the others go on."""

@@ -16,7 +16,7 @@ from isobatch.engine.memory import available_bytes, require
 from isobatch.engine.output import Reply
 from isobatch.engine.sampling_params import SamplingParams
 from isobatch.engine.tokenizer import load_tokenizer
-from isobatch.errors import PromptError
+from isobatch.errors import ConfigError, InvalidSamplingError, PromptError
 from isobatch.models.checkpoint import open_checkpoint
 from isobatch.models.loading import load_decoder
 from isobatch.ops import certified_ops, stock_ops
@@ -53,10 +53,15 @@ class LLM:
         progress: bool | None = None,
         **settings: Any,
     ) -> None:
-        self.config = config if config is not None and not settings else EngineConfig.from_mapping(settings)
+        if config is not None and settings:
+            raise ConfigError("either a config or settings", got=f"both, with {', '.join(settings)}")
+        self.config = config or EngineConfig.from_mapping(settings)
         self._console = Console(stderr=True)
         self._progress = self._console.is_terminal if progress is None else progress
-        self._lock = threading.Lock()
+        # Held for one step at a time, so that a stream that is not read on keeps nobody waiting. Reentrant,
+        # because a forgotten stream may be collected, and so aborted, in the middle of another's step.
+        self._lock = threading.RLock()
+        self._finished: dict[int, Reply] = {}
         checkpoint = open_checkpoint(model)
         try:
             require(checkpoint.config, self.config.kv_cache_bytes, available_bytes())
@@ -95,8 +100,7 @@ class LLM:
         each = [shared] * len(batch) if isinstance(shared, SamplingParams) else list(shared)
         if len(each) != len(batch):
             raise PromptError("as many parameters as prompts", expected=len(batch), got=len(each))
-        with self._lock:
-            return self._run([self._encode(p) for p in batch], each)
+        return self._run([self._encode(p) for p in batch], each)
 
     def chat(
         self,
@@ -136,43 +140,58 @@ class LLM:
         Raises:
             RequestError: it cannot be served, or failed on the way.
         """
+        params = params or SamplingParams()
+        if params.n != 1:
+            raise InvalidSamplingError("stream yields one completion", expected="n=1", got=f"n={params.n}")
         with self._lock:
-            request = self.engine.add(self._encode(prompt), params or SamplingParams())
-            said = ""
-            try:
-                while True:
-                    replies = self.engine.step()
-                    text = replies[0].text if replies else self.engine.text_so_far(request)[0]
-                    if replies:
-                        yield text[len(said) :]
-                        return
-                    # A stop string still to come may take back its own beginning.
-                    held = _possible_stop(text, (params or SamplingParams()).stop)
-                    yield text[len(said) : len(text) - held]
-                    said = text[: len(text) - held]
-            finally:
-                self.engine.abort(request)
+            request = self.engine.add(self._encode(prompt), params)
+        said = ""
+        try:
+            while True:
+                with self._lock:
+                    replies = self._advance({request})
+                    text = replies[request].text if replies else self.engine.text_so_far(request)[0]
+                # A stop string still to come may take back its own beginning.
+                held = 0 if replies else _possible_stop(text, params.stop)
+                yield text[len(said) : len(text) - held]
+                said = text[: len(text) - held]
+                if replies:
+                    return
+        finally:
+            self._drop([request])
 
     def _encode(self, prompt: Prompt) -> list[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
     def _run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Reply]:
         order: list[int] = []
+        replies: dict[int, Reply] = {}
         try:
-            for prompt, each in zip(prompts, params, strict=True):
-                order.append(self.engine.add(prompt, each))
-            replies: dict[int, Reply] = {}
+            with self._lock:
+                for prompt, each in zip(prompts, params, strict=True):
+                    order.append(self.engine.add(prompt, each))
             with self._bar("generating", "replies") as update:
-                while self.engine.has_work:
-                    for reply in self.engine.step():
-                        replies[reply.request_id] = reply
-                        update(len(replies), len(order))
+                while len(replies) < len(order):
+                    with self._lock:
+                        replies |= self._advance(set(order) - replies.keys())
+                    update(len(replies), len(order))
             return [replies[i] for i in order]
-        except BaseException:
+        finally:
             # Refused half-way through the list, or interrupted: leave nothing behind in the engine.
-            for request in order:
+            self._drop(order)
+
+    def _advance(self, waiting: set[int]) -> dict[int, Reply]:
+        """Those of these requests that are finished, after a step if none is. The lock is held."""
+        if not waiting & self._finished.keys():
+            for reply in self.engine.step():
+                self._finished[reply.request_id] = reply
+        return {i: self._finished.pop(i) for i in waiting & self._finished.keys()}
+
+    def _drop(self, requests: list[int]) -> None:
+        with self._lock:
+            for request in requests:
                 self.engine.abort(request)
-            raise
+                self._finished.pop(request, None)
 
     def _bar(self, what: str, unit: str) -> _Bar:
         return _Bar(self._console, what, unit, enabled=self._progress)

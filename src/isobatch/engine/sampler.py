@@ -7,7 +7,6 @@ from collections.abc import Sequence as Rows
 
 import torch
 
-from isobatch.engine.batch import LogitRow
 from isobatch.engine.output import TokenLogProbs
 from isobatch.engine.request import Sequence
 from isobatch.kernels.sampling.cpu import PenaltyRows, SamplingRows
@@ -42,16 +41,16 @@ def choose(ops: Ops, logits: torch.Tensor, sequences: Rows[Sequence]) -> list[in
     return [int(token) for token in ops.sample(logits, rows)]
 
 
-def log_probs(ops: Ops, logits: torch.Tensor, rows: Rows[tuple[LogitRow, int, int]]) -> list[TokenLogProbs]:
+def log_probs(ops: Ops, logits: torch.Tensor, asked: Rows[tuple[int, int]]) -> list[TokenLogProbs]:
     """Log-probabilities of given tokens.
 
     Args:
         ops: what to compute with.
         logits: float32 [S, V].
-        rows: for each row its meaning, the token, and how many of the likeliest to report.
+        asked: for each row the token, and how many of the likeliest to report; at most V are.
     """
-    chosen = torch.tensor([token for _, token, _ in rows])
-    found = ops.top_log_probs(logits, chosen, max(count for _, _, count in rows))
+    most = min(max(count for _, count in asked), logits.shape[1])
+    found = ops.top_log_probs(logits, torch.tensor([token for token, _ in asked]), most)
     ids, values = found.ids.tolist(), found.log_probs.tolist()
     return [
         TokenLogProbs(
@@ -60,7 +59,7 @@ def log_probs(ops: Ops, logits: torch.Tensor, rows: Rows[tuple[LogitRow, int, in
             int(found.rank[i]),
             tuple(zip(ids[i][:count], values[i][:count], strict=True)),
         )
-        for i, (_, token, count) in enumerate(rows)
+        for i, (token, count) in enumerate(asked)
     ]
 
 

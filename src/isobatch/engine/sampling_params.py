@@ -25,9 +25,9 @@ _FLOATS: dict[str, tuple[float, float, bool, str]] = {
 }
 # name: (lowest, highest or None, whether None is allowed, what to do about a bad value)
 _INTS: dict[str, tuple[int, int | None, bool, str]] = {
-    "top_k": (0, None, False, "pass 0 to switch it off"),
+    "top_k": (0, 2**31 - 1, False, "pass 0 to switch it off"),
     "seed": (0, 2**64 - 1, True, "pass None to have one drawn and reported"),
-    "n": (1, None, False, "pass 1 for a single completion"),
+    "n": (1, 1024, False, "send more requests for more completions"),
     "max_tokens": (1, None, False, "ask for at least one token"),
     "logprobs": (0, _MAX_LOGPROBS, True, "pass None to leave them out"),
     "prompt_logprobs": (0, _MAX_LOGPROBS, True, "pass None to leave them out"),

@@ -65,21 +65,20 @@ class Attention:
 
     def __call__(self, ops: Ops, x: torch.Tensor, batch: Batch, cache: Cache, rotary: Rotary) -> torch.Tensor:
         """x, float32 [T, hidden], attended; stores this step's keys and values in the cache."""
-        sizes = [n * self.head_size for n in (self.heads, self.kv_heads, self.kv_heads)]
-        packed = torch.split(ops.linear(x, self.qkv, self.qkv_bias), sizes, -1)
-        q, k, v = (part.reshape(len(x), -1, self.head_size) for part in packed)
-        q, k = _normed(ops, q, self.q_norm), _normed(ops, k, self.k_norm)
-        q = ops.rotary(q, batch.positions, rotary.cos, rotary.sin)
-        k = ops.rotary(k, batch.positions, rotary.cos, rotary.sin)
+        packed = ops.linear(x, self.qkv, self.qkv_bias).view(len(x), -1, self.head_size)
+        turned, v = packed[:, : -self.kv_heads], packed[:, -self.kv_heads :]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = turned[:, : self.heads], turned[:, self.heads :]
+            turned = torch.cat((_normed(ops, q, self.q_norm), _normed(ops, k, self.k_norm)), 1)
+        turned = ops.rotary(turned, batch.positions, rotary.cos, rotary.sin)
+        q, k = turned[:, : self.heads], turned[:, self.heads :]
         ops.write_kv(k, v, cache, batch.rows)
         attended = ops.attention(q, cache, batch.rows, 1 / math.sqrt(self.head_size))
         return ops.linear(attended.flatten(1), self.out, self.out_bias)
 
 
-def _normed(ops: Ops, heads: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+def _normed(ops: Ops, heads: torch.Tensor, norm: Norm) -> torch.Tensor:
     """Each head of [T, H, D] normalised on its own."""
-    if norm is None:
-        return heads
     return ops.rms_norm(heads.flatten(0, 1), norm.weight, norm.eps)[0].view(heads.shape)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 from isobatch.errors import CheckpointError, MissingDependencyError, ModelNotFoundError
@@ -55,6 +56,10 @@ def demo_weights() -> Path:
 
 
 def _cached_snapshot(repo: str, path: Path) -> Path:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo) or repo.endswith(".gguf"):  # a path, and nothing else
+        raise ModelNotFoundError(
+            f"no model at {path}", expected="a folder or a .gguf file", fix="check the path"
+        )
     # Imported late: it takes longer than all the rest of opening a model from a path.
     from huggingface_hub import constants, snapshot_download
 

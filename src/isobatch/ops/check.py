@@ -1,4 +1,4 @@
-"""Argument checks shared by all ops. Cheap: shapes and dtypes only, never values."""
+"""Argument checks shared by all ops: shapes, dtypes, and the range of indices."""
 
 from __future__ import annotations
 
@@ -24,16 +24,20 @@ def floats(op: str, name: str, tensor: torch.Tensor, *shape: int | None) -> None
     _shape(op, name, tensor, shape)
 
 
-def integers(op: str, name: str, tensor: torch.Tensor, *shape: int | None) -> None:
-    """Checks an int64 CPU tensor of a shape; None matches any length.
+def integers(op: str, name: str, tensor: torch.Tensor, *shape: int | None, below: int) -> None:
+    """Checks an int64 CPU tensor of a shape, None matching any length, of indices from 0 to below - 1.
 
     Raises:
-        ShapeError: another dtype, device or shape.
+        ShapeError: another dtype, device or shape; or an index that would have a kernel read past the end.
     """
     if tensor.dtype != torch.int64 or tensor.device.type != "cpu":
         got = f"{tensor.dtype} on {tensor.device}"
         raise ShapeError(f"{op}: wrong kind of {name}", expected="torch.int64 on cpu", got=got)
     _shape(op, name, tensor, shape)
+    if tensor.numel():
+        low, high = (int(bound) for bound in torch.aminmax(tensor))
+        if low < 0 or high >= below:
+            raise ShapeError(f"{op}: {name} out of range", expected=f"0..{below - 1}", got=f"{low}..{high}")
 
 
 def _shape(op: str, name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:

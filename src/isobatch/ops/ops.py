@@ -23,6 +23,7 @@ from isobatch.kernels.log_probs.cpu import TopLogProbs
 from isobatch.kernels.sampling.cpu import PenaltyRows, SamplingRows
 from isobatch.kernels.stock import STOCK
 from isobatch.ops import check
+from isobatch.ops.environment import require_ieee
 
 Observer = Callable[[str, Mapping[str, Any], Any], None]
 """Called after each op with its name, its arguments by name and its result. It must change none of them."""
@@ -88,10 +89,7 @@ class Ops:
         Determinism:
             A copy.
         """
-        check.integers("embedding", "token_ids", token_ids, None)
-        if len(token_ids) and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < weight.outputs:
-            got = f"{int(token_ids.min())}..{int(token_ids.max())}"
-            raise ShapeError("embedding: token id out of range", expected=f"0..{weight.outputs - 1}", got=got)
+        check.integers("embedding", "token_ids", token_ids, None, below=weight.outputs)
         return cast(torch.Tensor, self._run("embedding", token_ids=token_ids, weight=weight))
 
     def linear(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -164,7 +162,7 @@ class Ops:
             Row t depends on x[t] and positions[t] alone (kernels/rotary/cpu.py).
         """
         check.floats("rotary", "x", x, None, None, 2 * cos.shape[1])
-        check.integers("rotary", "positions", positions, len(x))
+        check.integers("rotary", "positions", positions, len(x), below=len(cos))
         check.floats("rotary", "sin", sin, *cos.shape)
         return cast(torch.Tensor, self._run("rotary", x=x, positions=positions, cos=cos, sin=sin))
 
@@ -263,7 +261,9 @@ class Ops:
             Row s depends on logits[s], chosen[s] and count alone; a token's value not on count.
         """
         check.floats("top_log_probs", "logits", logits, None, None)
-        check.integers("top_log_probs", "chosen", chosen, len(logits))
+        check.integers("top_log_probs", "chosen", chosen, len(logits), below=logits.shape[1])
+        if not 0 <= count <= logits.shape[1]:
+            raise ShapeError("top_log_probs: bad count", expected=f"0..{logits.shape[1]}", got=count)
         return cast(TopLogProbs, self._run("top_log_probs", logits=logits, chosen=chosen, count=count))
 
     def penalize(self, logits: torch.Tensor, rows: PenaltyRows) -> torch.Tensor:
@@ -306,7 +306,15 @@ class Ops:
 
 
 def certified_ops() -> Ops:
-    """The production members of every record: bits that depend on the request alone."""
+    """The production members of every record: bits that depend on the request alone.
+
+    Raises:
+        FloatEnvironmentError: this process flushes subnormal numbers, so its bits would be others.
+
+    Determinism:
+        Each op states its own; the members of an op agree to the bit, so which one serves is of no account.
+    """
+    require_ieee()
     table = {name: record.member(record.production).function for name, record in RECORDS.items()}
     return Ops("isobatch", {**table, "write_kv": write_kv}, CPU)
 

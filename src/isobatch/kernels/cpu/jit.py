@@ -7,6 +7,7 @@ contract or approximate: what a kernel's source says is, bit for bit, what every
 from __future__ import annotations
 
 import hashlib
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,14 +35,22 @@ def cache_path() -> Path:
     calls. A stale kernel would be a wrong bit, so the folder is named after all kernel sources together.
 
     Returns:
-        A path that changes whenever any kernel source or numba itself changes.
+        A path that changes whenever any kernel source or numba itself changes; a temporary one, compiled into
+        anew by each process, where the cache folder cannot be written.
     """
     sha = hashlib.sha256(numba.__version__.encode())
     root = Path(__file__).resolve().parent.parent
     for source in sorted(root.rglob("*.py")):
         sha.update(source.relative_to(root).as_posix().encode())
         sha.update(source.read_bytes())
-    return env.cache_dir() / f"kernels-{sha.hexdigest()[:16]}"
+    path = env.cache_dir() / f"kernels-{sha.hexdigest()[:16]}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError:
+        # numba would quietly fall back to a folder that cannot tell stale kernels from fresh ones.
+        return Path(tempfile.mkdtemp(prefix="isobatch-kernels-"))
 
 
 @contextmanager

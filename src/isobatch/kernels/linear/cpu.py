@@ -1,10 +1,10 @@
 """Linear on the CPU, float32.
 
 Written order: k in blocks of 256, ascending. Within a block one accumulator per output, from zero, k
-ascending, each step a fused multiply-add. The blocks' sums are added in ascending order, each addition rounded;
-then the bias, one rounded addition. Vectors run over outputs, never over k, so neither the number of rows nor
-the number of threads can reach the sum. The blocks are there for accuracy: a single chain over K = 4096 has
-four times the error of torch's own kernel, the blocked one has less than torch's.
+ascending, each step a fused multiply-add. The blocks' sums are added in ascending order, each addition
+rounded; then the bias, one rounded addition. Vectors run over outputs, never over k, so neither the number of
+rows nor the number of threads can reach the sum. The blocks are there for accuracy: a single chain over
+K = 4096 has four times the error of torch's own kernel, the blocked one has less than torch's.
 """
 
 from __future__ import annotations
