@@ -60,11 +60,11 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._bytes: npt.NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r")
+            mapped: npt.NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r")
         except (OSError, ValueError) as error:  # ValueError: an empty file
             raise CheckpointError(f"cannot read {path}", expected="a GGUF file", got=error) from error
         try:
-            self.metadata, self.tensors = _parse(_Cursor(self._bytes.data, path))
+            self.metadata, self.tensors = _parse(_Cursor(mapped.data, path))
         except (struct.error, UnicodeDecodeError) as error:
             raise CheckpointError(
                 f"{path} is damaged or cut short",
@@ -96,8 +96,8 @@ class GgufFile:
         return self._dequantised(tensor, tensor.offset + start * row, (stop - start) * row, shape)
 
     def close(self) -> None:
-        """Unmap the file, as soon as nobody holds a view of it."""
-        self._bytes = np.empty(0, dtype=np.uint8)
+        """Forget the tensors. No file is held open: each read opens it anew."""
+        self.tensors = {}
 
     def _dequantised(
         self, tensor: GgufTensor, offset: int, size: int, shape: tuple[int, ...]
@@ -106,11 +106,14 @@ class GgufFile:
         out = np.empty(math.prod(shape), dtype=np.float32)
         # In pieces, since dequantize makes several arrays of the result's size on its way; each piece as one
         # long row, since it loops over rows in Python.
-        for block in range(0, size // block_bytes, _BLOCKS_AT_ONCE):
-            begin = offset + block * block_bytes
-            end = min(begin + _BLOCKS_AT_ONCE * block_bytes, offset + size)
-            piece = dequantize(self._bytes[begin:end].reshape(1, -1), tensor.quantisation)
-            out[block * per_block :][: piece.size] = piece.ravel()
+        # Read, not mapped: pages of a mapped file would count as memory in use beside the weights.
+        with self.path.open("rb") as stream:
+            stream.seek(offset)
+            for block in range(0, size // block_bytes, _BLOCKS_AT_ONCE):
+                length = min(_BLOCKS_AT_ONCE * block_bytes, size - block * block_bytes)
+                stored = np.frombuffer(stream.read(length), dtype=np.uint8)
+                piece = dequantize(stored.reshape(1, -1), tensor.quantisation)
+                out[block * per_block :][: piece.size] = piece.ravel()
         return out.reshape(shape)
 
 

@@ -19,16 +19,18 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     warm = torch.where(rows.temperature == 0, 1, rows.temperature)[:, None]
     probabilities = torch.softmax(logits / warm, -1)
     probabilities[probabilities < rows.min_p[:, None] * probabilities.amax(-1, keepdim=True)] = 0
-    ordered, ids = probabilities.sort(-1, descending=True)
-    rank = torch.arange(logits.shape[1])
-    ordered[(rank >= rows.top_k[:, None]) & (rows.top_k[:, None] > 0)] = 0
-    before = ordered.cumsum(-1) - ordered
-    ordered[before > rows.top_p[:, None] * ordered.sum(-1, keepdim=True)] = 0
-    noise = torch.empty_like(ordered)
+    if bool((rows.top_k > 0).any()) or bool((rows.top_p < 1).any()):  # servers sort only where they must
+        ordered, ids = probabilities.sort(-1, descending=True)
+        rank = torch.arange(logits.shape[1])
+        ordered[(rank >= rows.top_k[:, None]) & (rows.top_k[:, None] > 0)] = 0
+        before = ordered.cumsum(-1) - ordered
+        ordered[before > rows.top_p[:, None] * ordered.sum(-1, keepdim=True)] = 0
+        probabilities = torch.zeros_like(ordered).scatter_(1, ids, ordered)
+    noise = torch.empty_like(probabilities)
     for r, (seed, position) in enumerate(zip(rows.seed.tolist(), rows.position.tolist(), strict=True)):
         generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + position) % 2**63)
         noise[r].exponential_(generator=generator)
-    drawn = ids.gather(1, (ordered / noise).argmax(-1, keepdim=True))[:, 0]
+    drawn = (probabilities / noise).argmax(-1)
     return torch.where(refused, REFUSED, torch.where(rows.temperature == 0, greedy, drawn))
 
 
