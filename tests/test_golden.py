@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
+from isobatch.bits import digest
+from isobatch.engine.llm import LLM
+from isobatch.engine.sampling_params import SamplingParams
+from isobatch.models.locate import demo_weights
 from isobatch.ops.fingerprint import computed_digests, fingerprint, golden_digests
 
 _PRINT_DIGESTS = """
@@ -36,6 +43,25 @@ def test_another_cpu_gives_the_golden_bits(cpu: str, features: str, lanes: int) 
     used_lanes, digests = json.loads(ran.stdout)
     assert used_lanes == lanes
     assert digests == golden_digests()
+
+
+# SHA-256 over the digests of all logits of SmolLM2 on _GOLDEN_TEXT and eight tokens after it.
+_GOLDEN_LOGITS = ""
+_GOLDEN_TEXT = "Bits are bits: the same on every machine, at every load, in every year."
+
+
+@pytest.mark.weights
+def test_smollm2_gives_the_golden_logits() -> None:
+    llm = LLM(demo_weights(), kv_cache_bytes=16 << 20, progress=False)
+    decoder, sha = llm.engine.decoder, hashlib.sha256()
+
+    def watch(op: str, arguments: Mapping[str, Any], result: Any) -> None:
+        if op == "linear" and arguments["weight"] is decoder.output:
+            sha.update(digest(result).encode())
+
+    with decoder.ops.observed(watch):
+        llm.generate(_GOLDEN_TEXT, SamplingParams(temperature=0, max_tokens=8, prompt_logprobs=0))
+    assert sha.hexdigest() == _GOLDEN_LOGITS
 
 
 def test_fingerprint_follows_the_golden_digests(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from isobatch import errors
+from isobatch import env, errors
 from isobatch._version import __version__
 
 if TYPE_CHECKING:
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from isobatch.engine.llm import LLM
     from isobatch.engine.output import Completion, Reply, TokenLogProbs
     from isobatch.engine.sampling_params import SamplingParams
+
+# Here, because the library reads it once, when torch brings it in.
+env.shorten_spin()
 
 _HOMES = {
     "LLM": "isobatch.engine.llm",

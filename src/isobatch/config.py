@@ -1,4 +1,4 @@
-"""Settings of the engine: frozen, checked, and able to explain themselves. None of them can change a bit."""
+"""Settings of the engine: frozen, checked, able to explain themselves. None can change a bit of a logit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ Kernels = Literal["isobatch", "stock"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """How the engine uses the machine. A reply is the same whatever stands here, `kernels` aside.
+    """How the engine uses the machine. A reply is the same whatever stands here, `kernels` aside, except that
+    `max_context` ends it.
 
     Args:
         kernels: "isobatch" for certified kernels; "stock" for torch's own, whose bits depend on the load.

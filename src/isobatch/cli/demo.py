@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs both sides on the same load and prints a table.
 
     Returns:
-        0 if isobatch gave exactly one answer, else 1.
+        0 if isobatch gave exactly one answer, the one given alone, else 1.
     """
     from isobatch.errors import ConfigError
     from isobatch.models.locate import demo_weights
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     report = _report(sides, tokenizer, arguments)
     if arguments.json:
         print(json.dumps(report))
-    return 0 if sides["isobatch"].distinct == 1 else _BROKEN_PROMISE
+    return 0 if _kept(sides["isobatch"]) else _BROKEN_PROMISE
 
 
 def _load(model: str, kernels: Kernels, seed: int, console: Console) -> LLM:
@@ -114,6 +114,11 @@ def _run_side(llm: LLM, load: Load, kernels: str, console: Console) -> Outcome:
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(f"{kernels}: replies", total=load.copies + len(load.others))
         return experiment.run(llm.engine, load, lambda done, _all: bar.update(task, completed=done))
+
+
+def _kept(outcome: Outcome) -> bool:
+    """Whether every reply is the one given alone."""
+    return outcome.distinct == 1 and outcome.equal_to_alone == outcome.requests
 
 
 def _words(tokenizer: Any, sides: dict[str, Outcome]) -> dict[str, Any] | None:
@@ -177,5 +182,5 @@ def _print(console: Console, sides: dict[str, Outcome], tokenizer: Any) -> None:
         console.print(f"stock first parts at token {words['token']}, after “…{words['after']}”:")
         console.print(f"  alone:      “{words['alone']}…”")
         console.print(f"  under load: “{words['loaded']}…”")
-    one = ours.distinct == 1
-    console.print("[green]isobatch: one answer[/]" if one else "[red]isobatch: the promise was broken[/]")
+    kept = _kept(ours)
+    console.print("[green]isobatch: one answer[/]" if kept else "[red]isobatch: the promise was broken[/]")

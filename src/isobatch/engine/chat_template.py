@@ -31,7 +31,10 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols"],
+            finalize=_no_function,
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
@@ -79,6 +82,13 @@ class ChatTemplate:
 
 def _raise_exception(message: str) -> NoReturn:
     raise TemplateError(message)
+
+
+def _no_function(value: object) -> object:
+    """Refuses to write out a function: its address would be in the prompt, another in each process."""
+    if callable(value):
+        raise TemplateError("the template writes out a function")
+    return value
 
 
 def _tojson(

@@ -258,7 +258,7 @@ class Engine:
         request.error = NonFiniteLogitsError(
             f"the model gave NaN or infinity for position {position} of request {request.id}",
             expected="finite logits",
-            fix="check the weights for NaN; no token was made up",
+            fix="check the weights for NaN and the penalties for extremes; no token was made up",
         )
         for transcript in request.transcripts:
             if transcript.sequence.finish_reason is None:

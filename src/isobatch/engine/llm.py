@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,9 @@ class LLM:
         self.config = config or EngineConfig.from_mapping(settings)
         self._console = Console(stderr=True)
         self._progress = self._console.is_terminal if progress is None else progress
-        # Held for one step at a time, so that a stream that is not read on keeps nobody waiting. Reentrant,
-        # because a forgotten stream may be collected, and so aborted, in the middle of another's step.
-        self._lock = threading.RLock()
+        # Held for one step at a time, so that a stream that is not read on keeps nobody waiting.
+        self._lock = threading.Lock()
+        self._abandoned: deque[int] = deque()
         self._finished: dict[int, Reply] = {}
         checkpoint = open_checkpoint(model)
         try:
@@ -117,7 +118,8 @@ class LLM:
             As `generate`.
 
         Raises:
-            TokenizerError: the model has no chat template, or it refuses the messages.
+            TokenizerError: the model has no chat template.
+            PromptError: the template refuses the messages.
             RequestError: as `generate`.
         """
         first = conversations[0] if conversations else None
@@ -182,16 +184,30 @@ class LLM:
 
     def _advance(self, waiting: set[int]) -> dict[int, Reply]:
         """Those of these requests that are finished, after a step if none is. The lock is held."""
+        self._clear_abandoned()
         if not waiting & self._finished.keys():
             for reply in self.engine.step():
                 self._finished[reply.request_id] = reply
         return {i: self._finished.pop(i) for i in waiting & self._finished.keys()}
 
     def _drop(self, requests: list[int]) -> None:
-        with self._lock:
-            for request in requests:
-                self.engine.abort(request)
-                self._finished.pop(request, None)
+        """Aborts requests: now, or if the lock is held, before the next step.
+
+        A forgotten stream may be collected, and so dropped, in the middle of a step, on the very thread that
+        runs it; the engine must not change under its feet.
+        """
+        self._abandoned.extend(requests)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._clear_abandoned()
+            finally:
+                self._lock.release()
+
+    def _clear_abandoned(self) -> None:
+        while self._abandoned:
+            request = self._abandoned.popleft()
+            self.engine.abort(request)
+            self._finished.pop(request, None)
 
     def _bar(self, what: str, unit: str) -> _Bar:
         return _Bar(self._console, what, unit, enabled=self._progress)

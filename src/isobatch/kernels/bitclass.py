@@ -43,7 +43,7 @@ def discriminates(record: OpRecord, variant: str) -> bool:
     """Whether another order of summation shows on this variant's data.
 
     Returns:
-        True if the reordered case gives other bits, or if the op sums nothing.
+        True if the reordered case gives other bits, or if the record has none.
     """
     if record.reorder is None:
         return True

@@ -84,7 +84,8 @@ class OpRecord:
         draw: (name, rows, variant) -> Case.
         variants: shapes and kinds of data that `draw` knows.
         thresholds: row counts at which some member changes tile, loop or split.
-        reorder: makes a reordering of a drawn case; None where nothing is summed.
+        reorder: makes a reordering of a drawn case; None where nothing is summed, or where float64 sums are
+            rounded to float32, so that another order would not show.
     """
 
     name: str

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from isobatch.kernels.layout import Weight
+from isobatch.errors import UnsupportedModelError
+from isobatch.kernels.layout import PAGE, Weight
 from isobatch.kernels.rotary.table import Llama3Scaling, inverse_frequencies, rotary_table, scale_llama3
 from isobatch.models.checkpoint import Checkpoint
 from isobatch.models.config import ModelConfig
@@ -33,8 +34,17 @@ def load_decoder(checkpoint: Checkpoint, ops: Ops, progress: Progress = lambda _
 
     Returns:
         The decoder. Memory: its float32 weights, and a few thousand rows of the matrix being read.
+
+    Raises:
+        UnsupportedModelError: the head size is no multiple of 16.
     """
     config = checkpoint.config
+    if config.head_size % PAGE:
+        raise UnsupportedModelError(
+            "attention has no kernel for this head size",
+            expected=f"a multiple of {PAGE}",
+            got=config.head_size,
+        )
     embedding = _matrix(checkpoint, ops, "model.embed_tokens.weight")
     layers = []
     for i in range(config.num_layers):

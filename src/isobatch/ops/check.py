@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 
 from isobatch.errors import ShapeError, UnsupportedOpError
+from isobatch.kernels.sampling.cpu import PenaltyRows, SamplingRows
 
 
 def floats(op: str, name: str, tensor: torch.Tensor, *shape: int | None) -> None:
@@ -47,3 +50,15 @@ def _shape(op: str, name: str, tensor: torch.Tensor, shape: tuple[int | None, ..
     if not fits:
         expected = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
         raise ShapeError(f"{op}: wrong shape of {name}", expected=expected, got=list(tensor.shape))
+
+
+def rows(op: str, parameters: PenaltyRows | SamplingRows, count: int) -> None:
+    """Checks that every field has one entry per row.
+
+    Raises:
+        ShapeError: one has more or fewer.
+    """
+    for field in fields(parameters):
+        got = len(getattr(parameters, field.name))
+        if got != count:
+            raise ShapeError(f"{op}: wrong length of {field.name}", expected=count, got=got)

@@ -1,7 +1,7 @@
 """The fingerprint of a numerics class: equal fingerprints promise equal bits.
 
 It is derived from golden digests, the bits that every op gives on fixed inputs. They ship with the package,
-so the fingerprint changes exactly when a bit does; and any machine can compute them again, which is how it
+so the fingerprint changes when a bit of an op does; and any machine can compute them again, which is how it
 knows that it belongs to the class.
 """
 

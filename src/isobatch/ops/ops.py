@@ -161,6 +161,7 @@ class Ops:
         Determinism:
             Row t depends on x[t] and positions[t] alone (kernels/rotary/cpu.py).
         """
+        check.floats("rotary", "cos", cos, None, None)
         check.floats("rotary", "x", x, None, None, 2 * cos.shape[1])
         check.integers("rotary", "positions", positions, len(x), below=len(cos))
         check.floats("rotary", "sin", sin, *cos.shape)
@@ -182,6 +183,8 @@ class Ops:
             Elementwise (kernels/activation/cpu.py).
         """
         check.floats("silu_and_mul", "gate_up", gate_up, None, None)
+        if gate_up.shape[1] % 2:
+            raise ShapeError("silu_and_mul: wrong width", expected="an even number", got=gate_up.shape[1])
         return cast(torch.Tensor, self._run("silu_and_mul", gate_up=gate_up))
 
     def write_kv(self, key: torch.Tensor, value: torch.Tensor, cache: Cache, rows: PagedRows) -> None:
@@ -283,6 +286,7 @@ class Ops:
             Row s depends on row s of the inputs alone.
         """
         check.floats("penalize", "logits", logits, None, None)
+        check.rows("penalize", rows, len(logits))
         return cast(torch.Tensor, self._run("penalize", logits=logits, rows=rows))
 
     def sample(self, logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
@@ -302,6 +306,7 @@ class Ops:
             Row s depends on logits[s] and its parameters, seed and position alone.
         """
         check.floats("sample", "logits", logits, None, None)
+        check.rows("sample", rows, len(logits))
         return cast(torch.Tensor, self._run("sample", logits=logits, rows=rows))
 
 

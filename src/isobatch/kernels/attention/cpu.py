@@ -13,14 +13,12 @@ tile never meet in a sum, so both are members of one class.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from numba import prange
 
 from isobatch.kernels.attention.cache import KVCache
-from isobatch.kernels.cpu.elementary import exp2
+from isobatch.kernels.cpu.elementary import LOG2_E64, exp2
 from isobatch.kernels.cpu.jit import LAUNCH, array, device, kernel
 from isobatch.kernels.cpu.tile import MAX_ROWS, multiply_page, multiply_page_resume
 from isobatch.kernels.layout import PAGE, PagedRows
@@ -59,8 +57,9 @@ def _softmax_span(s, n, m, lanes, acc, c):
 def _attend(q, q_stride, rows, first_keys, keys_step, k, v, table, kv_head, c, out):
     """Attends `rows` query rows that share a KV head; row r sees first_keys + r * keys_step keys.
 
-    q is an address and q_stride in floats; out is [rows, D], any strides. A row reads no key, and no value,
-    beyond its own: what a later token or a stale block holds, be it NaN, stays outside.
+    q is an address and q_stride in floats; out is [rows, D], any strides. What lies beyond a row's own keys,
+    a later token or a stale block, be it NaN, stays outside: a page's further scores are computed and
+    replaced, its further values never read.
     """
     D = k.shape[2]
     scores = np.empty((rows, SPAN), np.float32)
@@ -154,7 +153,7 @@ def _attention(q, k, v, query_starts, context_lengths, block_tables, c, tile, pa
 
 def _launch(q: torch.Tensor, cache: KVCache, rows: PagedRows, scale: float, tile: int, pack_heads: bool):
     out = torch.empty(q.shape)
-    c = np.float32(math.log2(math.e) * scale)
+    c = np.float32(LOG2_E64 * scale)
     with LAUNCH:
         _attention(
             array(q),

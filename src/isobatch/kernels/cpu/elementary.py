@@ -18,8 +18,10 @@ from numba.extending import intrinsic
 
 from isobatch.kernels.cpu.jit import device
 
-LOG2_E = np.float32(math.log2(math.e))
-_LN2 = math.log(2.0)
+# In hexadecimal, because a constant computed at import would come from libm.
+LOG2_E64 = float.fromhex("0x1.71547652b82fep+0")
+LOG2_E = np.float32(LOG2_E64)
+_LN2 = float.fromhex("0x1.62e42fefa39efp-1")
 
 
 def _bitcast(source, target, target_ir):
@@ -39,7 +41,9 @@ _float64 = _bitcast(types.int64, types.float64, ir.DoubleType())
 _ROUND = np.float32(12582912.0)
 _ROUND_BITS = np.int32(0x4B400000)
 # 2^f for f in [-1/2, 1/2]: the Taylor coefficients ln(2)^n / n!, error below half an ulp of float32.
-_E0, _E1, _E2, _E3, _E4, _E5, _E6, _E7 = (np.float32(_LN2**n / math.factorial(n)) for n in range(8))
+_E0, _E1, _E2, _E3, _E4, _E5, _E6, _E7 = (
+    np.float32(math.prod([_LN2] * n, start=1.0) / math.factorial(n)) for n in range(8)
+)
 
 
 @device
@@ -90,7 +94,7 @@ def exp(x):
 
 _MANTISSA = np.int64((1 << 52) - 1)
 _ONE_BITS = np.int64(1023 << 52)
-_SQRT2 = math.sqrt(2.0)
+_SQRT2 = float.fromhex("0x1.6a09e667f3bcdp+0")
 _A = tuple(2.0 / (2 * n + 1) for n in range(12))
 
 

@@ -6,7 +6,9 @@ contract or approximate: what a kernel's source says is, bit for bit, what every
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -50,7 +52,9 @@ def cache_path() -> Path:
             return path
     except OSError:
         # numba would quietly fall back to a folder that cannot tell stale kernels from fresh ones.
-        return Path(tempfile.mkdtemp(prefix="isobatch-kernels-"))
+        fresh = Path(tempfile.mkdtemp(prefix="isobatch-kernels-"))
+        atexit.register(shutil.rmtree, fresh, ignore_errors=True)
+        return fresh
 
 
 @contextmanager

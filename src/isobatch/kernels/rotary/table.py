@@ -16,6 +16,8 @@ import torch
 
 from isobatch.kernels.cpu.elementary import power, sin_cos
 
+_POSITIONS_AT_A_TIME = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class Llama3Scaling:
@@ -64,6 +66,10 @@ def rotary_table(inv_freq: npt.NDArray[np.float32], context: int) -> tuple[torch
     Determinism:
         A function of the arguments alone; the same bits on every CPU.
     """
-    angles = np.arange(context, dtype=np.float32)[:, None] * inv_freq[None, :]
-    sin, cos = sin_cos(angles.astype(np.float64))
-    return torch.from_numpy(cos.astype(np.float32)), torch.from_numpy(sin.astype(np.float32))
+    cos, sin = torch.empty(context, len(inv_freq)), torch.empty(context, len(inv_freq))
+    for start in range(0, context, _POSITIONS_AT_A_TIME):  # sin_cos makes a dozen arrays on its way
+        stop = min(start + _POSITIONS_AT_A_TIME, context)
+        angles = np.arange(start, stop, dtype=np.float32)[:, None] * inv_freq[None, :]
+        s, c = sin_cos(angles.astype(np.float64))
+        sin[start:stop], cos[start:stop] = torch.from_numpy(s), torch.from_numpy(c)
+    return cos, sin

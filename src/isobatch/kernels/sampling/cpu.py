@@ -73,9 +73,14 @@ class PenaltyRows:
 
 
 @device
-def _gumbel(seed, position, token):
+def _exponential(seed, position, token):
     u = (np.float64(noise_word(seed, position, token)) + 0.5) * 2.0**-32
-    return -log(-log(1.0 - u))
+    return -log(1.0 - u)
+
+
+@device
+def _gumbel(seed, position, token):
+    return -log(_exponential(seed, position, token))
 
 
 @device
@@ -172,6 +177,21 @@ def _penalize(logits, ids, counts, repetition, presence, frequency, out):
             if counts[r, e] > 0:
                 x = x - presence[r]
             out[r, token] = x
+
+
+@kernel
+def _fill_exponential(seed, position, out):
+    for r in prange(out.shape[0]):
+        for i in range(out.shape[1]):
+            out[r, i] = _exponential(seed[r], position[r], i)
+
+
+def exponential_noise(seed: torch.Tensor, position: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """The noise behind `sample` for every token, float32 [R, V], for torch's side to draw with the same."""
+    out = torch.empty(len(seed), vocabulary)
+    with LAUNCH:
+        _fill_exponential(array(seed), array(position), out.numpy())
+    return out
 
 
 def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:

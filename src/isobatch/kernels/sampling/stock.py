@@ -1,4 +1,4 @@
-"""Sampling as servers do it with torch: softmax, sort, cumulative sum, exponential noise from a generator.
+"""Sampling as servers do it with torch: softmax, sort, cumulative sum, exponential noise.
 
 Source of the noise trick: argmax(p / Exp(1)) is a sample from p, as vLLM uses it.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from isobatch.kernels.sampling.cpu import REFUSED, PenaltyRows, SamplingRows
+from isobatch.kernels.sampling.cpu import REFUSED, PenaltyRows, SamplingRows, exponential_noise
 
 
 def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
@@ -26,10 +26,8 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
         before = ordered.cumsum(-1) - ordered
         ordered[before > rows.top_p[:, None] * ordered.sum(-1, keepdim=True)] = 0
         probabilities = torch.zeros_like(ordered).scatter_(1, ids, ordered)
-    noise = torch.empty_like(probabilities)
-    for r, (seed, position) in enumerate(zip(rows.seed.tolist(), rows.position.tolist(), strict=True)):
-        generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + position) % 2**63)
-        noise[r].exponential_(generator=generator)
+    # The noise is ours, not torch's, so that both sides draw the same token where their logits are the same.
+    noise = exponential_noise(rows.seed, rows.position, logits.shape[1])
     drawn = (probabilities / noise).argmax(-1)
     return torch.where(refused, REFUSED, torch.where(rows.temperature == 0, greedy, drawn))
 
