@@ -24,10 +24,10 @@ from numba import prange
 
 from isobatch.kernels.cpu.elementary import LOG2_E, exp2, log
 from isobatch.kernels.cpu.jit import LAUNCH, array, device, kernel
-from isobatch.kernels.sampling.philox import noise_word
+from isobatch.kernels.sampling.philox import noise_words
 
-# -log(-log(1 - u)) at the smallest u, 2^-33, is 22.9: a token further behind than this cannot win.
-_LARGEST_GUMBEL = 23.0
+# More than the rounding of exp2 and of its argument can take away from a bound.
+_SLACK = np.float32(1.01)
 REFUSED = -1
 """Stands for a token where the logits hold NaN or infinity."""
 
@@ -73,14 +73,35 @@ class PenaltyRows:
 
 
 @device
-def _exponential(seed, position, token):
-    u = (np.float64(noise_word(seed, position, token)) + 0.5) * 2.0**-32
-    return -log(1.0 - u)
+def _uniform(word):
+    return (np.float64(word) + 0.5) * 2.0**-32
 
 
 @device
-def _gumbel(seed, position, token):
-    return -log(_exponential(seed, position, token))
+def _gumbel(u):
+    return -log(-log(1.0 - u))
+
+
+@device
+def _argmax_of_noisy(z, keep, seed, position):
+    """The largest z + g among the kept, the lowest id among equals.
+
+    A token passes the best score so far only if -log(1 - u) < e^(z - score), and u is less than that: so most
+    are passed over with their random bits alone, and no logarithm.
+    """
+    best, score = -1, -np.inf
+    for group in range((len(z) + 3) // 4):
+        words = noise_words(seed, position, group)
+        for lane in range(4):
+            i = 4 * group + lane
+            if i < len(z) and keep[i]:
+                u = _uniform(words[lane])
+                behind = np.float32(np.float64(z[i]) - score)
+                if u < _SLACK * exp2(behind * LOG2_E):
+                    other = np.float64(z[i]) + _gumbel(u)
+                    if other > score:
+                        best, score = i, other
+    return best
 
 
 @device
@@ -144,14 +165,7 @@ def _sample_row(x, temperature, top_k, top_p, min_p, seed, position):
             _keep_top_p(z, weight, keep, top_p)
     elif top_k > 0:
         _keep_top_k(z, keep, top_k)
-    # z[best] is 0 and is always kept: begin there, so that hardly any other needs its noise computed.
-    score = _gumbel(seed, position, best)
-    for i in range(V):
-        if keep[i] and np.float64(z[i]) + _LARGEST_GUMBEL >= score:
-            other = np.float64(z[i]) + _gumbel(seed, position, i)
-            if other > score or (other == score and i < best):
-                best, score = i, other
-    return best
+    return _argmax_of_noisy(z, keep, seed, position)
 
 
 @kernel
@@ -183,7 +197,8 @@ def _penalize(logits, ids, counts, repetition, presence, frequency, out):
 def _fill_exponential(seed, position, out):
     for r in prange(out.shape[0]):
         for i in range(out.shape[1]):
-            out[r, i] = _exponential(seed[r], position[r], i)
+            words = noise_words(seed[r], position[r], i // 4)
+            out[r, i] = -log(1.0 - _uniform(words[i % 4]))
 
 
 def exponential_noise(seed: torch.Tensor, position: torch.Tensor, vocabulary: int) -> torch.Tensor:

@@ -31,15 +31,14 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 @device
-def noise_word(seed, position, token):
-    """The 32 random bits of (seed, position, token): four neighbouring tokens share a counter."""
+def noise_words(seed, position, group):
+    """The 32 random bits of (seed, position, token) for the four tokens 4 * group + 0, 1, 2, 3."""
     key = np.uint64(seed)
-    words = philox(
-        np.uint32(token // 4),
+    return philox(
+        np.uint32(group),
         np.uint32(position),
         np.uint32(0),
         np.uint32(0),
         np.uint32(key & _LOW),
         np.uint32(key >> _32),
     )
-    return words[token % 4]
