@@ -62,6 +62,13 @@ class ChatTemplate:
         Determinism:
             A function of the template and the arguments.
         """
+        for message in messages:
+            if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+                raise PromptError(
+                    "a message that is not one",
+                    expected='"role" and "content", both strings',
+                    got=repr(dict(message)),
+                )
         try:
             return self._template.render(
                 **self._special_tokens,

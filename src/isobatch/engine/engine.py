@@ -23,7 +23,14 @@ from isobatch.engine.scheduler import Scheduler
 from isobatch.engine.seeds import drawn_seed, seed_of
 from isobatch.engine.tokenizer import Tokenizer
 from isobatch.engine.transcript import Transcript
-from isobatch.errors import InvalidSamplingError, NonFiniteLogitsError, PromptError, RequestError
+from isobatch.errors import (
+    ConfigError,
+    InvalidSamplingError,
+    NonFiniteLogitsError,
+    PromptError,
+    RequestError,
+    UnknownRequestError,
+)
 from isobatch.kernels.layout import PAGE
 from isobatch.models.decoder import Decoder
 
@@ -91,9 +98,12 @@ class Engine:
         self.tokenizer = tokenizer
         self.config = config
         self.fingerprint = fingerprint
-        self.max_context = min(
-            config.max_context or decoder.config.context_length, decoder.config.context_length
-        )
+        longest = decoder.config.context_length
+        if config.max_context is not None and config.max_context > longest:
+            raise ConfigError(
+                "max_context is beyond the model's own", expected=f"at most {longest}", got=config.max_context
+            )
+        self.max_context = config.max_context or longest
         blocks = kv_blocks(decoder.config, config.kv_cache_bytes)
         self.pool = BlockPool(blocks, PAGE)
         self.scheduler = Scheduler(
@@ -188,7 +198,13 @@ class Engine:
         return True
 
     def text_so_far(self, request_id: int) -> tuple[str, ...]:
-        """The text of each completion of a request in flight, for streaming."""
+        """The text of each completion of a request in flight, for streaming.
+
+        Raises:
+            UnknownRequestError: no such request in flight.
+        """
+        if request_id not in self._requests:
+            raise UnknownRequestError(f"no request {request_id} in flight")
         return tuple(t.text for t in self._requests[request_id].transcripts)
 
     def step(self) -> list[Reply]:

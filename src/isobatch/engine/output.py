@@ -15,7 +15,7 @@ class TokenLogProbs:
     Args:
         token_id: the token.
         log_prob: its natural-log probability, float32.
-        rank: 1 if no token was likelier.
+        rank: 1 for the likeliest; among equals the lower token id comes first.
         top: the likeliest tokens and their log-probabilities, best first, as many as were asked for.
     """
 
