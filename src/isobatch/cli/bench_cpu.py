@@ -225,22 +225,24 @@ def _against_stock(llm: LLM, stock: LLM, repeats: int) -> dict[str, Any]:
 
 
 _PEAK = """
-import resource, sys
+import sys
+from pathlib import Path
 from isobatch import LLM, SamplingParams
 llm = LLM(sys.argv[1], kv_cache_bytes=int(sys.argv[2]), progress=False)
 llm.generate(["Once upon a time"] * 8, SamplingParams(temperature=0, max_tokens=8))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+# Not ru_maxrss: that of a child begins with its parent's.
+status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+print(int(status["VmHWM"].split()[0]) * 1024)
 """
 
 
 def _memory(model: Path) -> dict[str, Any]:
     """Peak resident memory of a process of its own, Python and libraries included, over what is allowed."""
-    kv_bytes = 64 << 20
-    command = [sys.executable, "-c", _PEAK, str(model), str(kv_bytes)]
+    command = [sys.executable, "-c", _PEAK, str(model), str(_KV_BYTES)]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     peak = int(ran.stdout)
     checkpoint = open_checkpoint(model)
-    allowed = 1.5 * weight_bytes(checkpoint.config) + kv_bytes
+    allowed = 1.5 * weight_bytes(checkpoint.config) + _KV_BYTES
     checkpoint.close()
     what = "peak memory, allowed (1.5 x weights + KV cache) over used"
     return _figure(what, "the allowance", "MB", peak / 1e6, allowed / 1e6, 1.0) | {"ratio": allowed / peak}

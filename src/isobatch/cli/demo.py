@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from isobatch.audit.experiment import Load, Outcome
     from isobatch.config import Kernels
     from isobatch.engine.llm import LLM
+    from isobatch.engine.sampling_params import SamplingParams
+    from isobatch.engine.tokenizer import Tokenizer
 
 _PROMPT = "Tell me about Richard Feynman"
 _BROKEN_PROMISE = 1
@@ -31,6 +33,11 @@ _OTHERS = (
     "Give me a recipe for pancakes with the ingredients first and then every step in order.",
 )
 _EXPERIMENT_CACHE = 512 << 20
+# In float32 torch's logits move by about 1e-5 with the load: too little for one of this text's 100 greedy
+# tokens to change, whose two best are further apart. So the prompt is sampled as well, with a seed found by
+# trying: of seeds 0 to 1,407 two, 130 and 799, met a tie close enough for the load to decide it.
+_SAMPLED_SEED = 130
+_KERNELS: tuple[Kernels, ...] = ("isobatch", "stock")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -39,80 +46,92 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "demo",
         help="one prompt many times under changing load: how many different answers?",
         description=f"Sends copies of {_PROMPT!r} among other prompts, at random times, to a scheduler that "
-        "decides at random: with our kernels and with torch's own. Exit code 0 only if isobatch gave one.",
+        "decides at random: at temperature 0, then sampled with a seed; with our kernels, then with torch's "
+        "own. Exit code 0 only if isobatch gave one answer each time.",
     )
     parser.add_argument("--model", default="demo", help="SmolLM2-135M-Instruct by default")
     parser.add_argument("--copies", type=int, default=64, help="copies of the prompt (default 64)")
-    parser.add_argument("--others", type=int, default=32, help="other prompts between them (default 32)")
+    parser.add_argument("--others", type=int, default=16, help="other prompts between them (default 16)")
     parser.add_argument("--max-tokens", type=int, default=100, help="length of each reply (default 100)")
-    parser.add_argument("--seed", type=int, default=0, help="of the arrivals and the scheduler (default 0)")
+    parser.add_argument(
+        "--seed", type=int, default=_SAMPLED_SEED, help="of the sampled replies (default 130)"
+    )
+    parser.add_argument("--chaos", type=int, default=0, help="seed of arrivals and scheduler (default 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs both sides on the same load and prints a table.
+    """Runs both sides on the same loads and prints a table.
 
     Returns:
-        0 if isobatch gave exactly one answer, the one given alone, else 1.
+        0 if isobatch gave exactly one answer, the one given alone, to each; else 1.
+
+    Raises:
+        ConfigError: too few copies or others.
+        InvalidSamplingError: max_tokens or seed out of range.
     """
+    from isobatch.engine.sampling_params import SamplingParams
     from isobatch.errors import ConfigError
     from isobatch.models.locate import demo_weights
 
     if arguments.copies < 2 or arguments.others < 0:
         got = f"{arguments.copies} and {arguments.others}"
         raise ConfigError("demo: bad --copies or --others", expected="at least 2, and at least 0", got=got)
+    length = arguments.max_tokens
+    workloads = {
+        "greedy": SamplingParams(temperature=0, max_tokens=length),
+        "sampled": SamplingParams(temperature=1, max_tokens=length, seed=arguments.seed),
+    }
     model = str(demo_weights()) if arguments.model == "demo" else arguments.model
     console = Console(stderr=True)
-    sides: dict[str, Outcome] = {}
-    for kernels in ("isobatch", "stock"):
-        llm = _load(model, kernels, arguments.seed, console)
-        load = _load_of(llm, arguments)
-        sides[kernels] = _run_side(llm, load, kernels, console)
+    outcomes: dict[str, dict[str, Outcome]] = {name: {} for name in workloads}
+    for kernels in _KERNELS:
+        llm = _load(model, kernels, arguments.chaos, console)
+        for name, params in workloads.items():
+            outcomes[name][kernels] = _run_side(
+                llm, _load_of(llm, arguments, params), f"{kernels}, {name}", console
+            )
         tokenizer = llm.tokenizer
         del llm
         gc.collect()  # the two models are not held in memory at the same time
-    _print(Console(stderr=arguments.json), sides, tokenizer)
-    report = _report(sides, tokenizer, arguments)
+    _print(Console(stderr=arguments.json), outcomes, tokenizer, arguments.seed)
     if arguments.json:
-        print(json.dumps(report))
-    return 0 if _kept(sides["isobatch"]) else _BROKEN_PROMISE
+        print(json.dumps(_report(outcomes, tokenizer, arguments)))
+    return 0 if all(_kept(sides["isobatch"]) for sides in outcomes.values()) else _BROKEN_PROMISE
 
 
-def _load(model: str, kernels: Kernels, seed: int, console: Console) -> LLM:
+def _load(model: str, kernels: Kernels, chaos: int, console: Console) -> LLM:
     from isobatch.engine.llm import LLM
 
-    console.print(
-        f"[bold]{kernels}[/]: loading the model and its kernels (compiled on the first run: a minute)"
-    )
-    llm = LLM(model, kernels=kernels, policy=f"chaos:{seed}", kv_cache_bytes=_EXPERIMENT_CACHE)
+    console.print(f"[bold]{kernels}[/]: loading the model and its kernels (the first run compiles: a minute)")
+    llm = LLM(model, kernels=kernels, policy=f"chaos:{chaos}", kv_cache_bytes=_EXPERIMENT_CACHE)
     llm.generate("Ready?")  # compiles what is not in the cache yet, so that it is not timed
     return llm
 
 
-def _load_of(llm: LLM, arguments: argparse.Namespace) -> Load:
+def _load_of(llm: LLM, arguments: argparse.Namespace, params: SamplingParams) -> Load:
     from isobatch.audit.experiment import Load
-    from isobatch.engine.sampling_params import SamplingParams
 
     def tokens(text: str) -> tuple[int, ...]:
         chat = llm.tokenizer.chat([{"role": "user", "content": text}])
         return tuple(llm.tokenizer.encode(chat, add_special_tokens=False))
 
-    rng = random.Random(arguments.seed)
+    rng = random.Random(arguments.chaos)
     return Load(
         prompt=tokens(_PROMPT),
         copies=arguments.copies,
         others=tuple(tokens(rng.choice(_OTHERS)) for _ in range(arguments.others)),
-        params=SamplingParams(temperature=0, max_tokens=arguments.max_tokens),
-        seed=arguments.seed,
+        params=params,
+        seed=arguments.chaos,
     )
 
 
-def _run_side(llm: LLM, load: Load, kernels: str, console: Console) -> Outcome:
+def _run_side(llm: LLM, load: Load, what: str, console: Console) -> Outcome:
     from isobatch.audit import experiment
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(f"{kernels}: replies", total=load.copies + len(load.others))
+        task = bar.add_task(f"{what}: replies", total=load.copies + len(load.others))
         return experiment.run(llm.engine, load, lambda done, _all: bar.update(task, completed=done))
 
 
@@ -121,9 +140,9 @@ def _kept(outcome: Outcome) -> bool:
     return outcome.distinct == 1 and outcome.equal_to_alone == outcome.requests
 
 
-def _words(tokenizer: Any, sides: dict[str, Outcome]) -> dict[str, Any] | None:
-    """Where stock's replies part, with the words on both sides."""
-    divergence = sides["stock"].first_divergence
+def _parting(outcome: Outcome, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """Where replies first part from the one given alone, with the words on both sides."""
+    divergence = outcome.first_divergence
     if divergence is None:
         return None
     return {
@@ -135,52 +154,64 @@ def _words(tokenizer: Any, sides: dict[str, Outcome]) -> dict[str, Any] | None:
     }
 
 
-def _report(sides: dict[str, Outcome], tokenizer: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+def _side(outcome: Outcome, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "distinct": outcome.distinct,
+        "equal_to_alone": outcome.equal_to_alone,
+        "first_divergence": _parting(outcome, tokenizer),
+        "tokens_per_s": round(outcome.tokens_per_s, 1),
+        "seconds": round(outcome.seconds, 2),
+        "preemptions": outcome.preemptions,
+    }
+
+
+def _report(
+    outcomes: dict[str, dict[str, Outcome]], tokenizer: Tokenizer, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """The sampled workload at the top, where torch's answers differ; the greedy one under its name."""
     from isobatch.ops.fingerprint import fingerprint
 
-    def side(outcome: Outcome) -> dict[str, Any]:
-        return {
-            "distinct": outcome.distinct,
-            "equal_to_alone": outcome.equal_to_alone,
-            "tokens_per_s": round(outcome.tokens_per_s, 1),
-            "seconds": round(outcome.seconds, 2),
-            "preemptions": outcome.preemptions,
-        }
-
-    stock = {**side(sides["stock"]), "first_divergence": _words(tokenizer, sides)}
+    sides = {
+        name: {kernels: _side(outcome, tokenizer) for kernels, outcome in both.items()}
+        for name, both in outcomes.items()
+    }
     return {
+        "prompt": _PROMPT,
         "requests": arguments.copies,
         "others": arguments.others,
         "max_tokens": arguments.max_tokens,
         "seed": arguments.seed,
-        "prompt": _PROMPT,
+        "chaos": arguments.chaos,
         "fingerprint": fingerprint(),
-        "isobatch": side(sides["isobatch"]),
-        "stock": stock,
+        **sides["sampled"],
+        "greedy": sides["greedy"],
     }
 
 
-def _print(console: Console, sides: dict[str, Outcome], tokenizer: Any) -> None:
-    table = Table(title=f"{sides['stock'].requests} times {_PROMPT!r} at temperature 0, under changing load")
-    for heading in ("", "isobatch", "stock (torch)"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    ours, stock = sides["isobatch"], sides["stock"]
-    table.add_row("different answers", str(ours.distinct), str(stock.distinct))
-    requests = ours.requests
-    table.add_row(
-        "equal to the answer given alone",
-        f"{ours.equal_to_alone} of {requests}",
-        f"{stock.equal_to_alone} of {requests}",
-    )
-    table.add_row("tokens per second", f"{ours.tokens_per_s:.0f}", f"{stock.tokens_per_s:.0f}")
-    table.add_row("times preempted and recomputed", str(ours.preemptions), str(stock.preemptions))
+def _print(
+    console: Console, outcomes: dict[str, dict[str, Outcome]], tokenizer: Tokenizer, seed: int
+) -> None:
+    table = Table(title=f"{_PROMPT!r}, many times under changing load")
+    table.add_column("")
+    titles = {"greedy": "temperature 0", "sampled": f"temperature 1, seed {seed}"}
+    columns = [(name, kernels) for name in outcomes for kernels in _KERNELS]
+    for name, kernels in columns:
+        table.add_column(f"{kernels}\n{titles[name]}", justify="right")
+    cells = [outcomes[name][kernels] for name, kernels in columns]
+    table.add_row("different answers", *(str(o.distinct) for o in cells))
+    table.add_row("equal to the answer given alone", *(f"{o.equal_to_alone} of {o.requests}" for o in cells))
+    table.add_row("tokens per second", *(f"{o.tokens_per_s:.0f}" for o in cells))
+    table.add_row("preempted and recomputed", *(f"{o.preemptions} times" for o in cells))
     console.print(table)
-    words = _words(tokenizer, sides)
-    if words is None:
-        console.print("stock gave one answer this time; try another --seed, more --copies or --max-tokens")
-    else:
-        console.print(f"stock first parts at token {words['token']}, after “…{words['after']}”:")
-        console.print(f"  alone:      “{words['alone']}…”")
-        console.print(f"  under load: “{words['loaded']}…”")
-    kept = _kept(ours)
+    for name, kernels in columns:
+        parting = _parting(outcomes[name][kernels], tokenizer)
+        if parting is not None:
+            for line in (
+                f"{kernels}, {titles[name]}: first parts at token {parting['token']},",
+                f"  after:      “…{parting['after']}”",
+                f"  alone:      “{parting['alone']}…”",
+                f"  under load: “{parting['loaded']}…”",
+            ):
+                console.print(line, markup=False, highlight=False)
+    kept = all(_kept(sides["isobatch"]) for sides in outcomes.values())
     console.print("[green]isobatch: one answer[/]" if kept else "[red]isobatch: the promise was broken[/]")
