@@ -25,8 +25,8 @@ def shorten_spin() -> None:
     """Has GNU's OpenMP wait briefly before it sleeps, if it is not loaded yet and the user has not chosen.
 
     By default it spins for milliseconds. On a machine that does anything else besides, the spinning thread
-    keeps the one that it waits for off the core: measured with three busy neighbours on two cores, 0.4 tokens/s
-    instead of 14. Ten thousand turns outlast the gap between two kernels of a step, and little more.
+    keeps the one that it waits for off the core: measured with three busy neighbours on two cores, 0.4
+    tokens/s instead of 14. Ten thousand turns outlast the gap between two kernels of a step, and little more.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")

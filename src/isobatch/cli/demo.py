@@ -6,6 +6,7 @@ import argparse
 import gc
 import json
 import random
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -57,6 +58,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--seed", type=int, default=_SAMPLED_SEED, help="of the sampled replies (default 130)"
     )
     parser.add_argument("--chaos", type=int, default=0, help="seed of arrivals and scheduler (default 0)")
+    parser.add_argument("--out", type=Path, help="keep the outcome, with its provenance, in this file")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
 
 
@@ -70,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         ConfigError: too few copies or others.
         InvalidSamplingError: max_tokens or seed out of range.
     """
+    from isobatch.cli import results
     from isobatch.engine.sampling_params import SamplingParams
     from isobatch.errors import ConfigError
     from isobatch.models.locate import demo_weights
@@ -95,8 +98,11 @@ def run(arguments: argparse.Namespace) -> int:
         del llm
         gc.collect()  # the two models are not held in memory at the same time
     _print(Console(stderr=arguments.json), outcomes, tokenizer, arguments.seed)
+    report = _report(outcomes, tokenizer, arguments)
+    if arguments.out is not None:
+        results.write(arguments.out, report)
     if arguments.json:
-        print(json.dumps(_report(outcomes, tokenizer, arguments)))
+        print(json.dumps(report))
     return 0 if all(_kept(sides["isobatch"]) for sides in outcomes.values()) else _BROKEN_PROMISE
 
 
