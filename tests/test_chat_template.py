@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from isobatch.engine.chat_template import ChatTemplate
@@ -67,3 +69,14 @@ def test_templates_that_do_not_compile_are_refused(source: str) -> None:
 def test_messages_that_a_template_refuses_are_refused(source: str, named: str) -> None:
     with pytest.raises(PromptError, match=named):
         _rendered(source)
+
+
+def test_templates_cannot_write_out_an_address() -> None:
+    with pytest.raises(PromptError, match="writes out a function"):
+        ChatTemplate("{{ messages.count }}", {}).render([], add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("message", [{"role": "user"}, {"content": "x"}, {"role": "user", "content": None}])
+def test_a_message_without_role_or_content_is_refused(message: Any) -> None:
+    with pytest.raises(PromptError, match="a message that is not one"):
+        ChatTemplate("{{ messages[0].role }}", {}).render([message], add_generation_prompt=True)

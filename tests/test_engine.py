@@ -92,7 +92,12 @@ def test_eos_ends_a_reply_unless_ignored() -> None:
         assert completion.finish_reason is (FinishReason.LENGTH if ignore_eos else FinishReason.STOP)
 
 
-@pytest.mark.parametrize(("max_context", "expected"), [(None, TINY.context_length), (40, 40), (600, 512)])
+def test_context_beyond_the_models_own_is_refused() -> None:
+    with pytest.raises(ConfigError, match=f"at most {TINY.context_length}"):
+        tiny_world().engine(max_context=TINY.context_length + 1)
+
+
+@pytest.mark.parametrize(("max_context", "expected"), [(None, TINY.context_length), (40, 40)])
 def test_end_of_the_context_ends_a_reply(max_context: int | None, expected: int) -> None:
     prompt = stream(0)[: expected - 5]
     prompt += stream(1)[: expected - 5 - len(prompt)]

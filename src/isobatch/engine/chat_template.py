@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from isobatch.errors import PromptError, TokenizerError
@@ -93,7 +93,7 @@ def _raise_exception(message: str) -> NoReturn:
 
 def _no_function(value: object) -> object:
     """Refuses to write out a function: its address would be in the prompt, another in each process."""
-    if callable(value):
+    if callable(value) and not isinstance(value, Undefined):
         raise TemplateError("the template writes out a function")
     return value
 

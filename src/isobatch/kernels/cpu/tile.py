@@ -128,105 +128,44 @@ def _panel_product(rows: int, vectors: int, lanes: int, mode: Mode) -> Any:
     return panel_product
 
 
-# Named at module level, because numba's disk cache cannot see through a closure.
+def _by_rows(vectors: int, mode: Mode) -> Any:
+    """A product for any number of rows, in the largest register tiles that fit.
+
+    Args:
+        vectors: vectors of B and C per row.
+        mode: as for `_panel_product`.
+
+    Returns:
+        A compiled helper (rows, a, a_stride, b, b_stride, count, c, c_stride).
+    """
+    tile_max, tile_4, tile_2, tile_1 = (
+        _panel_product(rows, vectors, LANES, mode) for rows in (MAX_ROWS, 4, 2, 1)
+    )
+
+    @device
+    def product(rows, a, a_stride, b, b_stride, count, c, c_stride):
+        r = 0
+        while r < rows:
+            left = rows - r
+            ar, cr = a + 4 * r * a_stride, c + 4 * r * c_stride
+            if left >= MAX_ROWS:
+                tile_max(ar, a_stride, b, b_stride, count, cr, c_stride)
+                r += MAX_ROWS
+            elif left >= 4:
+                tile_4(ar, a_stride, b, b_stride, count, cr, c_stride)
+                r += 4
+            elif left >= 2:
+                tile_2(ar, a_stride, b, b_stride, count, cr, c_stride)
+                r += 2
+            else:
+                tile_1(ar, a_stride, b, b_stride, count, cr, c_stride)
+                r += 1
+
+    return product
+
+
 _PAGE_VECTORS = 16 // LANES
-_wide_max = _panel_product(MAX_ROWS, VECTORS, LANES, "set")
-_wide_4 = _panel_product(4, VECTORS, LANES, "set")
-_wide_2 = _panel_product(2, VECTORS, LANES, "set")
-_wide_1 = _panel_product(1, VECTORS, LANES, "set")
-_wide_add_max = _panel_product(MAX_ROWS, VECTORS, LANES, "add")
-_wide_add_4 = _panel_product(4, VECTORS, LANES, "add")
-_wide_add_2 = _panel_product(2, VECTORS, LANES, "add")
-_wide_add_1 = _panel_product(1, VECTORS, LANES, "add")
-_page_max = _panel_product(MAX_ROWS, _PAGE_VECTORS, LANES, "set")
-_page_4 = _panel_product(4, _PAGE_VECTORS, LANES, "set")
-_page_2 = _panel_product(2, _PAGE_VECTORS, LANES, "set")
-_page_1 = _panel_product(1, _PAGE_VECTORS, LANES, "set")
-_page_resume_max = _panel_product(MAX_ROWS, _PAGE_VECTORS, LANES, "resume")
-_page_resume_4 = _panel_product(4, _PAGE_VECTORS, LANES, "resume")
-_page_resume_2 = _panel_product(2, _PAGE_VECTORS, LANES, "resume")
-_page_resume_1 = _panel_product(1, _PAGE_VECTORS, LANES, "resume")
-
-
-@device
-def multiply(rows, a, a_stride, b, b_stride, count, c, c_stride):
-    """C = A B for COLUMNS columns and any number of rows, in the largest register tiles that fit."""
-    r = 0
-    while r < rows:
-        left = rows - r
-        ar, cr = a + 4 * r * a_stride, c + 4 * r * c_stride
-        if left >= MAX_ROWS:
-            _wide_max(ar, a_stride, b, b_stride, count, cr, c_stride)
-            r += MAX_ROWS
-        elif left >= 4:
-            _wide_4(ar, a_stride, b, b_stride, count, cr, c_stride)
-            r += 4
-        elif left >= 2:
-            _wide_2(ar, a_stride, b, b_stride, count, cr, c_stride)
-            r += 2
-        else:
-            _wide_1(ar, a_stride, b, b_stride, count, cr, c_stride)
-            r += 1
-
-
-@device
-def multiply_add(rows, a, a_stride, b, b_stride, count, c, c_stride):
-    """C = C + A B likewise: the product's chain starts from zero and is added when it ends."""
-    r = 0
-    while r < rows:
-        left = rows - r
-        ar, cr = a + 4 * r * a_stride, c + 4 * r * c_stride
-        if left >= MAX_ROWS:
-            _wide_add_max(ar, a_stride, b, b_stride, count, cr, c_stride)
-            r += MAX_ROWS
-        elif left >= 4:
-            _wide_add_4(ar, a_stride, b, b_stride, count, cr, c_stride)
-            r += 4
-        elif left >= 2:
-            _wide_add_2(ar, a_stride, b, b_stride, count, cr, c_stride)
-            r += 2
-        else:
-            _wide_add_1(ar, a_stride, b, b_stride, count, cr, c_stride)
-            r += 1
-
-
-@device
-def multiply_page(rows, a, a_stride, b, b_stride, count, c, c_stride):
-    """C = A B for 16 columns and any number of rows."""
-    r = 0
-    while r < rows:
-        left = rows - r
-        ar, cr = a + 4 * r * a_stride, c + 4 * r * c_stride
-        if left >= MAX_ROWS:
-            _page_max(ar, a_stride, b, b_stride, count, cr, c_stride)
-            r += MAX_ROWS
-        elif left >= 4:
-            _page_4(ar, a_stride, b, b_stride, count, cr, c_stride)
-            r += 4
-        elif left >= 2:
-            _page_2(ar, a_stride, b, b_stride, count, cr, c_stride)
-            r += 2
-        else:
-            _page_1(ar, a_stride, b, b_stride, count, cr, c_stride)
-            r += 1
-
-
-@device
-def multiply_page_resume(rows, a, a_stride, b, b_stride, count, c, c_stride):
-    """C += A B for 16 columns: the chain goes on from what C holds."""
-    r = 0
-    while r < rows:
-        left = rows - r
-        ar, cr = a + 4 * r * a_stride, c + 4 * r * c_stride
-        if left >= MAX_ROWS:
-            _page_resume_max(ar, a_stride, b, b_stride, count, cr, c_stride)
-            r += MAX_ROWS
-        elif left >= 4:
-            _page_resume_4(ar, a_stride, b, b_stride, count, cr, c_stride)
-            r += 4
-        elif left >= 2:
-            _page_resume_2(ar, a_stride, b, b_stride, count, cr, c_stride)
-            r += 2
-        else:
-            _page_resume_1(ar, a_stride, b, b_stride, count, cr, c_stride)
-            r += 1
+multiply = _by_rows(VECTORS, "set")  # C = A B, COLUMNS columns
+multiply_add = _by_rows(VECTORS, "add")  # C = C + A B: the chain starts from zero and is added when it ends
+multiply_page = _by_rows(_PAGE_VECTORS, "set")  # C = A B, 16 columns
+multiply_page_resume = _by_rows(_PAGE_VECTORS, "resume")  # the chain goes on from what C holds
