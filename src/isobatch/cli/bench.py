@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         failures = bench_cpu.gate(model)
         if failures:
             for failure in failures:
-                console.print(f"[red]{failure}[/]")
+                console.print(failure, style="red", markup=False)
             if arguments.json:
                 print(json.dumps({"gate": failures}))
             return _RED_GATE
