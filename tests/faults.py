@@ -20,7 +20,7 @@ def nudge(output: torch.Tensor, row: int, pattern: int = 1) -> None:
     """Flips low bits of a row's first element."""
     flat = output[row].reshape(-1) if output.dim() > 1 else output[row : row + 1]
     if output.is_floating_point():
-        flat = flat.view(torch.int32)
+        flat = flat.view(torch.int32 if flat.element_size() == 4 else torch.int16)
     flat[0] ^= pattern
 
 

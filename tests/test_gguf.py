@@ -91,7 +91,7 @@ def test_rotated_scores_are_the_same_as_in_llama_cpp(saved: Path) -> None:
     ours, theirs = open_checkpoint(saved), GgufFile(saved)
     query, key = (ours.read(name, 16, 32).double().numpy() for name in (QUERY, KEY))
     stored = (
-        theirs.rows(name, 16, 32).astype(np.float64)
+        theirs.rows(name, 16, 32).floats().double().numpy()
         for name in ("blk.1.attn_q.weight", "blk.1.attn_k.weight")
     )
     stored_query, stored_key = stored
@@ -112,6 +112,8 @@ def test_rows_are_rows_of_the_whole(tmp_path: Path, llama: Any) -> None:
             part = checkpoint.read(name, start, stop)
             assert part.is_contiguous()
             assert bits_equal(part, whole[start:stop])
+            if whole.dim() > 1:
+                assert bits_equal(checkpoint.rows(name, start, stop).floats(), whole[start:stop])
     for start, stop in ((-1, 2), (0, 65), (3, 2)):
         with pytest.raises(IntegrityError, match="rows of"):
             checkpoint.read(QUERY, start, stop)

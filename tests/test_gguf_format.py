@@ -17,6 +17,7 @@ from gguf.quants import dequantize, quantize
 
 from isobatch.bits import bits_equal
 from isobatch.errors import CheckpointError, UnsupportedModelError
+from isobatch.models.gguf_blocks import SUPPORTED, coding_of
 from isobatch.models.gguf_format import GgufFile
 from tests.checkpoints import Stored, write_gguf
 
@@ -28,21 +29,24 @@ def _random(*shape: int) -> npt.NDArray[np.float32]:
 
 
 def _blocks(kind: GGMLQuantizationType, rows: int, columns: int) -> npt.NDArray[Any]:
-    """Rows as a file stores them: quantised where the package can, else random bits with finite scales."""
-    if kind.name not in ("Q4_K", "Q6_K"):
+    """Rows as a file stores them: any code, with finite scales of either sign; plain formats without them."""
+    if kind.name in ("F32", "F16", "BF16"):
         return np.asarray(quantize(_random(rows, columns), kind))
     per_block, size = GGML_QUANT_SIZES[kind]
     random = np.random.default_rng(5)
     blocks = random.integers(0, 256, (rows * columns // per_block, size), dtype=np.uint8)
-    scales = random.standard_normal((len(blocks), 2)).astype("<f2").view(np.uint8)
-    if kind is Q.Q4_K:
-        blocks[:, :4] = scales
+    scales = random.standard_normal((len(blocks), 2)).astype("<f2")
+    scales[::7, 0] = 2.0**-24  # the smallest float16
+    scales[::5, 0] = 0
+    if kind is Q.Q6_K:
+        blocks[:, -2:] = scales.view(np.uint8)[:, :2]
     else:
-        blocks[:, -2:] = scales[:, :2]
+        has_two = kind in (Q.Q4_1, Q.Q4_K)
+        blocks[:, : 4 if has_two else 2] = scales.view(np.uint8)[:, : 4 if has_two else 2]
     return blocks.reshape(rows, -1)
 
 
-@pytest.mark.parametrize("kind", [Q.F32, Q.F16, Q.BF16, Q.Q4_0, Q.Q4_1, Q.Q8_0, Q.Q4_K, Q.Q6_K])
+@pytest.mark.parametrize("kind", [Q[name] for name in SUPPORTED])
 def test_slices_of_every_format_are_slices_of_the_whole(kind: GGMLQuantizationType, tmp_path: Path) -> None:
     stored = _blocks(kind, 21, 512)
     path = write_gguf(tmp_path / "one.gguf", {"general.architecture": "any"}, {"weight": (stored, kind)})
@@ -50,15 +54,9 @@ def test_slices_of_every_format_are_slices_of_the_whole(kind: GGMLQuantizationTy
     assert file.tensors["weight"].shape == (21, 512)
     for start, stop in ((0, 21), (0, 1), (20, 21), (3, 17), (4, 4)):
         rows = file.rows("weight", start, stop)
-        assert rows.dtype == np.float32
-        assert bits_equal(torch.from_numpy(rows), expected[start:stop])
-
-
-def test_tensors_longer_than_a_piece_are_put_together(tmp_path: Path) -> None:
-    stored = quantize(_random(300, 4096), Q.Q8_0)  # 38,400 blocks
-    path = write_gguf(tmp_path / "one.gguf", {"general.architecture": "any"}, {"weight": (stored, Q.Q8_0)})
-    rows = GgufFile(path).rows("weight", 1, 300)
-    assert bits_equal(torch.from_numpy(rows), torch.from_numpy(dequantize(stored, Q.Q8_0)[1:]))
+        assert rows.coding == coding_of(kind)
+        assert rows.codes.dtype == rows.coding.dtype
+        assert bits_equal(rows.floats(), expected[start:stop])
 
 
 def test_a_q4_1_block_is_what_its_description_says(tmp_path: Path) -> None:
@@ -68,7 +66,7 @@ def test_a_q4_1_block_is_what_its_description_says(tmp_path: Path) -> None:
     packed = bytes(nibbles[i] | nibbles[i + 16] << 4 for i in range(16))
     block = np.frombuffer(struct.pack("<ee", scale, minimum) + packed, dtype=np.uint8).reshape(1, 20)
     path = write_gguf(tmp_path / "one.gguf", {"general.architecture": "any"}, {"weight": (block, Q.Q4_1)})
-    assert GgufFile(path).rows("weight", 0, 1).tolist() == [[scale * n + minimum for n in nibbles]]
+    assert GgufFile(path).rows("weight", 0, 1).floats().tolist() == [[scale * n + minimum for n in nibbles]]
 
 
 def test_halves_widen_exactly(tmp_path: Path) -> None:
@@ -83,7 +81,15 @@ def test_halves_widen_exactly(tmp_path: Path) -> None:
         expected = bits.view(dtype).float()
         numbers = ~expected.isnan()  # which NaN it becomes is up to the processor
         assert numbers.sum() > 60_000
-        assert bits_equal(torch.from_numpy(file.rows(name, 0, 16))[numbers], expected[numbers])
+        assert bits_equal(file.rows(name, 0, 16).floats()[numbers], expected[numbers])
+
+
+@pytest.mark.parametrize("kind", [Q.F32, Q.Q8_0])
+def test_vectors_are_read_whole(kind: GGMLQuantizationType, tmp_path: Path) -> None:
+    stored = quantize(_random(64), kind)
+    path = write_gguf(tmp_path / "one.gguf", {"general.architecture": "any"}, {"weight": (stored, kind)})
+    expected = torch.from_numpy(dequantize(stored, kind))
+    assert bits_equal(torch.from_numpy(GgufFile(path).vector("weight")), expected)
 
 
 def test_reading_a_row_takes_the_memory_of_a_row(tmp_path: Path) -> None:

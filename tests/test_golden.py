@@ -16,14 +16,20 @@ import pytest
 from isobatch.bits import digest
 from isobatch.engine.llm import LLM
 from isobatch.engine.sampling_params import SamplingParams
+from isobatch.kernels.catalogue import record
 from isobatch.models.locate import demo_weights
 from isobatch.ops.fingerprint import computed_digests, fingerprint, golden_digests
 
+# Coded weights have no digests: certification holds them to the widened ones, which have.
 _PRINT_DIGESTS = """
 import json
-from isobatch.ops.fingerprint import computed_digests
+from isobatch.kernels.bitclass import certify
+from isobatch.kernels.catalogue import record
 from isobatch.kernels.cpu.tile import LANES
-print(json.dumps([LANES, computed_digests()]))
+from isobatch.ops.fingerprint import computed_digests
+linear = record("linear")
+verdict = certify(linear, linear.member("tiles"), (1, 2, 37))
+print(json.dumps([LANES, computed_digests(), str(verdict)]))
 """
 # (CPU, features, floats in a vector): with 256-bit vectors; and with neither vectors beyond SSE2 nor an fma
 # instruction, where every step of a chain is a call of libm's fmaf.
@@ -40,8 +46,9 @@ def test_another_cpu_gives_the_golden_bits(cpu: str, features: str, lanes: int) 
     ran = subprocess.run(
         [sys.executable, "-c", _PRINT_DIGESTS], env=environment, capture_output=True, text=True, check=True
     )
-    used_lanes, digests = json.loads(ran.stdout)
+    used_lanes, digests, verdict = json.loads(ran.stdout)
     assert used_lanes == lanes
+    assert verdict == f"linear/tiles: member, equal on {3 * len(record('linear').variants)} inputs"
     assert digests == golden_digests()
 
 

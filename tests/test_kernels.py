@@ -11,8 +11,8 @@ from isobatch.bits import bits_equal
 from isobatch.errors import IntegrityError, ShapeError, UnknownKeyError, UnsupportedOpError
 from isobatch.kernels import bitclass
 from isobatch.kernels.catalogue import RECORDS, record
+from isobatch.kernels.coding import F32
 from isobatch.kernels.cpu import elementary, jit
-from isobatch.kernels.linear.weight import PackedWeight
 from isobatch.kernels.registry import Member, OpRecord
 from isobatch.kernels.sampling.philox import philox
 from isobatch.kernels.stock import STOCK
@@ -117,20 +117,6 @@ def test_exponential_of_the_extremes(function) -> None:  # type: ignore[no-untyp
     np.testing.assert_array_equal(out, np.array([0, 0, np.inf, np.inf, np.nan, 1, 1], np.float32))
 
 
-@pytest.mark.parametrize(
-    ("outputs", "cuts"), [(64, (64,)), (100, (1, 33, 66)), (70, (31, 1, 38)), (5, (2, 3))]
-)
-def test_packing_in_pieces_loses_nothing(outputs: int, cuts: tuple[int, ...]) -> None:
-    matrix = torch.randn(outputs, 7)
-    packed = PackedWeight.empty(outputs, 7)
-    start = 0
-    for rows in cuts:
-        packed.put(start, matrix[start : start + rows])
-        start += rows
-    assert bits_equal(packed.unpack(), matrix)
-    assert bits_equal(packed.panels, PackedWeight.pack(matrix).panels)
-
-
 def test_thread_count_is_put_back() -> None:
     before = jit.max_threads()
     with jit.threads(1):
@@ -142,9 +128,20 @@ def test_thread_count_is_put_back() -> None:
     assert numba.get_num_threads() == before
 
 
+def test_one_thread_alone_gives_the_bits_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("rms_norm", "rotary", "silu_and_mul"):
+        op = record(name)
+        for variant in op.variants:
+            case, results = op.draw(f"alone/{name}", 9, variant), []
+            for small in (0, 10**9):
+                monkeypatch.setattr(jit, "SMALL", small)
+                results.append(case.call(op.canonical))
+            assert all(bits_equal(a, b) for a, b in zip(*results, strict=True)), f"{name}/{variant}"
+
+
 def test_wrong_arguments_are_refused_by_name() -> None:
     ops = certified_ops()
-    weight = ops.weight(8, 16)
+    weight = ops.weight(8, 16, F32)
     with pytest.raises(ShapeError, match=r"linear: wrong shape of x; expected \[any, 16\]; got \[2, 15\]"):
         ops.linear(torch.zeros(2, 15), weight)
     with pytest.raises(UnsupportedOpError, match="bfloat16"):

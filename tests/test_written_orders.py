@@ -12,6 +12,7 @@ import torch
 from isobatch.bits import bits_equal
 from isobatch.kernels.attention.record import AttentionCase
 from isobatch.kernels.catalogue import record
+from isobatch.kernels.coding import CodedRows
 from isobatch.kernels.cpu import elementary
 from isobatch.kernels.data import floats
 from isobatch.kernels.registry import RowCase
@@ -53,7 +54,7 @@ def exp2(x: np.float32) -> np.float32:
 
 def test_linear_is_chains_of_256_fma_added_in_order() -> None:
     x, w, bias = floats("order/x", 2, 600), floats("order/w", 33, 600), floats("order/b", 33)
-    got = run("linear", RowCase({"x": x}, {"weight": w, "bias": bias}, weights=("weight",)))
+    got = run("linear", RowCase({"x": x}, {"weight": CodedRows.of(w), "bias": bias}, weights=("weight",)))
     for r in range(2):
         for n in (0, 16, 31, 32):
             a, b = x[r].numpy(), w[n].numpy()
@@ -64,7 +65,7 @@ def test_linear_is_chains_of_256_fma_added_in_order() -> None:
 
 def test_linear_order_is_not_multiply_then_add() -> None:
     x, w = floats("order/x", 2, 200), floats("order/w", 33, 200)
-    got = run("linear", RowCase({"x": x}, {"weight": w, "bias": None}, weights=("weight",)))
+    got = run("linear", RowCase({"x": x}, {"weight": CodedRows.of(w), "bias": None}, weights=("weight",)))
     two_roundings = np.zeros((2, 33), np.float32)
     for k in range(200):
         two_roundings += x[:, k : k + 1].numpy() * w[:, k].numpy()

@@ -56,6 +56,14 @@ def _compare(expected: Outputs, got: Outputs) -> tuple[bool, Difference | None]:
     return True, None
 
 
+def violated(
+    relation: str, record: OpRecord, member: Member, where: str, expected: Outputs, got: Outputs
+) -> Violation | None:
+    """A violation if the two differ in any bit."""
+    same, difference = _compare(expected, got)
+    return None if same else Violation(relation, record.name, member.name, where, difference)
+
+
 def _rows(outputs: Outputs, indices: Sequence[int]) -> Outputs:
     return tuple(output[list(indices)] for output in outputs)
 

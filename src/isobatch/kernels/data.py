@@ -13,6 +13,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from isobatch.kernels.coding import CodedRows, Coding
+
 Kind = Literal["wide", "cancel", "plain"]
 
 
@@ -48,3 +50,14 @@ def floats(name: str, *shape: int, kind: Kind = "wide") -> torch.Tensor:
 def integers(name: str, count: int, below: int) -> torch.Tensor:
     """Random int64 [count] in [0, below)."""
     return torch.from_numpy((words(name, count).astype(np.int64)) % below)
+
+
+def coded(name: str, coding: Coding, outputs: int, inputs: int) -> CodedRows:
+    """A random weight matrix: any code, and scales and offsets of either sign with "wide" exponents."""
+    if not coding.group:
+        return CodedRows.of(floats(f"{name}/codes", outputs, inputs).to(coding.dtype))
+    drawn = words(f"{name}/codes", outputs * inputs) % np.uint32(1 << coding.bits)
+    codes = torch.from_numpy(drawn.astype(np.uint8).reshape(outputs, inputs)).view(coding.dtype)
+    scales = floats(f"{name}/scales", outputs, coding.groups(inputs))
+    offsets = floats(f"{name}/offsets", outputs, coding.groups(inputs)) if coding.has_offsets else None
+    return CodedRows(coding, codes, scales, offsets)

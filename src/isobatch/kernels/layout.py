@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from isobatch.kernels.coding import CodedRows, Coding
+
 
 class Weight(Protocol):
     """A weight matrix [outputs, inputs] that is filled row by row at load."""
@@ -19,15 +21,15 @@ class Weight(Protocol):
     def inputs(self) -> int:
         """K."""
 
-    def put(self, start: int, rows: torch.Tensor) -> None:
-        """Stores rows [start, start + len(rows)), float32 [n, inputs]."""
+    def put(self, start: int, rows: CodedRows) -> None:
+        """Stores rows [start, start + len(rows)), in the weight's coding or, if that is float32, in any."""
 
 
 class WeightType(Protocol):
     """Makes an empty weight."""
 
-    def empty(self, outputs: int, inputs: int) -> Weight:
-        """A weight of this size, to be filled by `put`."""
+    def empty(self, outputs: int, inputs: int, coding: Coding) -> Weight:
+        """A weight of this size, to be filled by `put`; it may keep the coding, or widen what it is given."""
 
 
 class Cache(Protocol):

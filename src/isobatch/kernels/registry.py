@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from isobatch.errors import UnknownKeyError
+from isobatch.kernels.coding import CodedRows
 from isobatch.kernels.layout import Layout
 
 Outputs = tuple[torch.Tensor, ...]
@@ -84,6 +85,8 @@ class OpRecord:
         draw: (name, rows, variant) -> Case.
         variants: shapes and kinds of data that `draw` knows.
         thresholds: row counts at which some member changes tile, loop or split.
+        coded: those of `variants` whose weight is coded. They have no golden digests: certification gives
+            them the canonical bits on the widened weight, which the digests of the others hold.
         reorder: makes a reordering of a drawn case; None where nothing is summed, or where float64 sums are
             rounded to float32, so that another order would not show.
     """
@@ -99,6 +102,7 @@ class OpRecord:
     draw: Callable[[str, int, str], Case]
     variants: tuple[str, ...]
     thresholds: tuple[int, ...]
+    coded: tuple[str, ...] = ()
     reorder: Callable[[Any], Reordering] | None = None
 
     @property
@@ -139,7 +143,7 @@ class RowCase:
     Args:
         per_row: arguments by name, each a tensor with one leading entry per row.
         shared: arguments by name, the same for all rows.
-        weights: names in `shared` that are matrices to be laid out as the member wants.
+        weights: names in `shared` that are CodedRows, to be laid out as the member wants.
         group: (name, type): gathers all per-row arguments but the first into one dataclass argument.
     """
 
@@ -157,8 +161,9 @@ class RowCase:
         """Runs a member on this case."""
         shared = dict(self.shared)
         for name in self.weights:
-            weight = member.layout.weight.empty(*shared[name].shape)
-            weight.put(0, shared[name])
+            rows: CodedRows = shared[name]
+            weight = member.layout.weight.empty(len(rows), rows.codes.shape[1], rows.coding)
+            weight.put(0, rows)
             shared[name] = weight
         per_row: dict[str, Any] = dict(self.per_row)
         if self.group is not None:
@@ -189,7 +194,7 @@ class RowCase:
             if not tensor.is_floating_point() or tensor.dim() < 2:
                 return tensor
             width = tensor[0].numel()
-            room = torch.full((tensor.shape[0] * (width + 5) + 3,), float("nan"))
+            room = tensor.new_full((tensor.shape[0] * (width + 5) + 3,), float("nan"))
             strides = (width + 5, *tensor.contiguous().stride()[1:])
             moved = room.as_strided(tensor.shape, strides, 3)
             return moved.copy_(tensor)

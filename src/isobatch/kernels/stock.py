@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
+from isobatch.kernels.coding import CodedRows, Coding
 from isobatch.kernels.layout import PAGE, Layout
 
 
 @dataclass(frozen=True, slots=True)
 class DenseWeight:
-    """A weight as torch wants it: float32 [N, K], contiguous."""
+    """A weight as torch wants it: float32 [N, K], contiguous, whatever the coding of its rows."""
 
     dense: torch.Tensor
 
@@ -29,13 +30,13 @@ class DenseWeight:
         return self.dense.shape[1]
 
     @classmethod
-    def empty(cls, outputs: int, inputs: int) -> DenseWeight:
+    def empty(cls, outputs: int, inputs: int, _coding: Coding) -> DenseWeight:
         """Uninitialised, to be filled by `put`."""
-        return cls(torch.empty(outputs, inputs))
+        return cls(torch.empty(outputs, inputs, dtype=torch.float32, device="cpu"))
 
-    def put(self, start: int, rows: torch.Tensor) -> None:
-        """Stores rows [start, start + len(rows))."""
-        self.dense[start : start + len(rows)] = rows
+    def put(self, start: int, rows: CodedRows) -> None:
+        """Stores rows [start, start + len(rows)), widened."""
+        self.dense[start : start + len(rows)] = rows.floats()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class DenseCache:
     def empty(cls, blocks: int, kv_heads: int, head_size: int) -> DenseCache:
         """Zeros, because a mask turns a weight into zero but leaves NaN alone."""
         shape = (blocks, PAGE, kv_heads, head_size)
-        return cls(torch.zeros(shape), torch.zeros(shape))
+        return cls(*(torch.zeros(shape, dtype=torch.float32, device="cpu") for _ in "kv"))
 
 
 STOCK = Layout(weight=DenseWeight, cache=DenseCache)

@@ -1,4 +1,4 @@
-"""A checkpoint behind one door: canonical tensor names, rows on demand, float32, whatever the file format."""
+"""A checkpoint behind one door: canonical tensor names, rows on demand, coded or in float32."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from isobatch.bits import bits_equal
 from isobatch.errors import CheckpointError
+from isobatch.kernels.coding import CodedRows, Coding
 from isobatch.models.config import ModelConfig
 from isobatch.models.gguf import GgufCheckpoint
 from isobatch.models.huggingface import HuggingFaceCheckpoint
@@ -51,8 +52,37 @@ class Checkpoint(Protocol):
             CheckpointError: no such tensor.
         """
 
+    def coding(self, name: str) -> Coding:
+        """How the numbers of one tensor are stored.
+
+        Args:
+            name: one of names().
+
+        Raises:
+            CheckpointError: no such tensor.
+        """
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> CodedRows:
+        """Rows of one matrix as they are stored, and no others: the memory used is that of the rows.
+
+        Args:
+            name: one of names(), of two dimensions.
+            start: the first row.
+            stop: the row after the last; None for all.
+
+        Returns:
+            CPU, contiguous, the caller's own; (stop - start, ...) in the tensor's coding.
+
+        Raises:
+            CheckpointError: no such tensor.
+            IntegrityError: no such rows.
+
+        Determinism:
+            A function of the file's bytes. How the rows are cut makes no difference.
+        """
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows of one tensor, and no others: the memory used is that of the rows.
+        """Rows of one tensor as float32.
 
         Args:
             name: one of names().

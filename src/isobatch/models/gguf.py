@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from isobatch.errors import CheckpointError, IntegrityError, UnsupportedModelError
+from isobatch.kernels.coding import CodedRows, Coding
 from isobatch.models.config import ModelConfig, RopeConfig, check_architecture
 from isobatch.models.fields import Fields
+from isobatch.models.gguf_blocks import coding_of
 from isobatch.models.gguf_format import GgufFile
 
 _EMBEDDING, _OUTPUT, _DIVISORS = "token_embd", "output", "rope_freqs.weight"
@@ -78,27 +80,57 @@ class GgufCheckpoint:
             raise CheckpointError(f"{self.path} has no tensor {name!r}")
         return self._file.tensors[self._stored[name]].shape
 
+    def coding(self, name: str) -> Coding:
+        """How one tensor's numbers are stored."""
+        self.shape(name)
+        return coding_of(self._file.tensors[self._stored[name]].quantisation)
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> CodedRows:
+        """Rows [start, stop) of one matrix, as they are stored."""
+        stop = self._checked(name, start, stop)
+        stored = self._stored[name]
+        if not self._permuted(name):
+            return self._file.rows(stored, start, stop)
+        head = self.config.head_size
+        first, last = start // head * head, -(-stop // head) * head
+        return self._file.rows(stored, first, last)[_order(start, stop, head) - first]
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows [start, stop) of one tensor, as float32."""
+        if len(self.shape(name)) > 1:
+            return self.rows(name, start, stop).floats()
+        stop = self._checked(name, start, stop)
+        vector = torch.from_numpy(self._file.vector(self._stored[name]))
+        if not self._permuted(name):
+            return vector[start:stop].clone()
+        return vector[_order(start, stop, self.config.head_size)]
+
+    def _checked(self, name: str, start: int, stop: int | None) -> int:
+        """The row after the last."""
         rows = self.shape(name)[0]
         stop = rows if stop is None else stop
         if not 0 <= start <= stop <= rows:
             raise IntegrityError(f"rows of {name}", expected=f"within [0, {rows})", got=f"[{start}, {stop})")
-        stored = self._stored[name]
-        if self.config.architecture != "llama" or not _PERMUTED.search(name):
-            return torch.from_numpy(self._file.rows(stored, start, stop))
-        # llama.cpp turns neighbouring numbers where Hugging Face turns the halves of a head. For Llama its
-        # converter moves the rows of queries and keys to match: row i of half j lies at 2i + j of its head.
-        head = self.config.head_size
-        first, last = start // head * head, -(-stop // head) * head
-        heads = self._file.rows(stored, first, last)
-        halves = heads.reshape(-1, head // 2, 2, *heads.shape[1:]).swapaxes(1, 2).reshape(heads.shape)
-        return torch.from_numpy(np.array(halves[start - first : stop - first], order="C"))
+        return stop
+
+    def _permuted(self, name: str) -> bool:
+        return self.config.architecture == "llama" and _PERMUTED.search(name) is not None
 
     def close(self) -> None:
         """Let go of the file."""
         self._stored.clear()
         self._file.close()
+
+
+def _order(start: int, stop: int, head: int) -> torch.Tensor:
+    """Where the file has rows [start, stop) of Llama's queries and keys.
+
+    llama.cpp turns neighbouring numbers where Hugging Face turns the halves of a head. For Llama its
+    converter moves the rows of queries and keys to match: row i of half j lies at 2i + j of its head.
+    """
+    row = torch.arange(start, stop)
+    place = row % head
+    return row - place + place % (head // 2) * 2 + place // (head // 2)
 
 
 def _canonical(name: str) -> str:
@@ -172,8 +204,8 @@ def _rope(file: GgufFile, fields: Fields, source: str) -> RopeConfig:
         raise CheckpointError(
             f"{source}: {_DIVISORS}", expected="a vector", got=file.tensors[_DIVISORS].shape
         )
-    divisors = file.rows(_DIVISORS, 0, file.tensors[_DIVISORS].shape[0])
-    return RopeConfig(kind="default", theta=theta, frequency_divisors=tuple(divisors.tolist()))
+    divisors = tuple(file.vector(_DIVISORS).tolist())
+    return RopeConfig(kind="default", theta=theta, frequency_divisors=divisors)
 
 
 def _decimal(value: float) -> float:

@@ -1,8 +1,8 @@
-"""The GGUF container: metadata, a table of tensors, and rows of them as float32.
+"""The GGUF container: metadata, a table of tensors, and rows of them as they are stored.
 
 The gguf package has a reader too, but it makes an array of every token, which takes two seconds on a small
-model, and it does not notice a string that the end of the file cuts off. What we use of the package is what
-makes the numbers: the block layouts and their dequantisation.
+model, and it does not notice a string that the end of the file cuts off. What we use of the package are the
+names and sizes of its blocks.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 """
@@ -17,16 +17,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
 
 from isobatch.errors import CheckpointError, UnsupportedModelError
+from isobatch.kernels.coding import CodedRows
+from isobatch.models.gguf_blocks import SUPPORTED, coded_rows
 
-_SUPPORTED = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q4_K", "Q6_K", "Q8_0")
 # The value types, by their number in the file: struct's codes for the scalars.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MOST_DIMENSIONS = 4
-_BLOCKS_AT_ONCE = 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,48 +72,44 @@ class GgufFile:
                 fix="fetch it again",
             ) from error
 
-    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Rows of one tensor, dequantised.
+    def rows(self, name: str, start: int, stop: int) -> CodedRows:
+        """Rows of one tensor, as they are stored.
 
         Args:
-            name: the tensor, by its name in the file.
-            start: the first row, or the first number if there is only one dimension.
+            name: the tensor, by its name in the file, of at least two dimensions.
+            start: the first row.
             stop: the one after the last.
 
         Returns:
-            float32 of shape (stop - start, ...), the caller's own.
+            Coded rows (stop - start, ...), the caller's own.
 
         Determinism:
-            Elementwise float32 multiplications and additions, each rounded once: the same on every machine.
+            A function of the file's bytes; the same on every machine.
         """
         tensor = self.tensors[name]
-        if len(tensor.shape) == 1:
-            # A block is a piece of a row, so that a vector's numbers cannot be had one by one.
-            return self._dequantised(tensor, tensor.offset, tensor.size, tensor.shape)[start:stop].copy()
         row = tensor.size // tensor.shape[0]
         shape = (stop - start, *tensor.shape[1:])
-        return self._dequantised(tensor, tensor.offset + start * row, (stop - start) * row, shape)
+        return self._read(tensor, tensor.offset + start * row, (stop - start) * row, shape)
+
+    def vector(self, name: str) -> npt.NDArray[np.float32]:
+        """A tensor of one dimension, whole, as float32.
+
+        Blocks are pieces of a row, so that a vector's numbers cannot be had one by one.
+        """
+        tensor = self.tensors[name]
+        return self._read(tensor, tensor.offset, tensor.size, tensor.shape).floats().numpy()
 
     def close(self) -> None:
         """Forget the tensors. No file is held open: each read opens it anew."""
         self.tensors = {}
 
-    def _dequantised(
-        self, tensor: GgufTensor, offset: int, size: int, shape: tuple[int, ...]
-    ) -> npt.NDArray[np.float32]:
-        per_block, block_bytes = GGML_QUANT_SIZES[tensor.quantisation]
-        out = np.empty(math.prod(shape), dtype=np.float32)
-        # In pieces, since dequantize makes several arrays of the result's size on its way; each piece as one
-        # long row, since it loops over rows in Python.
+    def _read(self, tensor: GgufTensor, offset: int, size: int, shape: tuple[int, ...]) -> CodedRows:
         # Read, not mapped: pages of a mapped file would count as memory in use beside the weights.
+        stored = np.empty(size, np.uint8)
         with self.path.open("rb") as stream:
             stream.seek(offset)
-            for block in range(0, size // block_bytes, _BLOCKS_AT_ONCE):
-                length = min(_BLOCKS_AT_ONCE * block_bytes, size - block * block_bytes)
-                stored = np.frombuffer(stream.read(length), dtype=np.uint8)
-                piece = dequantize(stored.reshape(1, -1), tensor.quantisation)
-                out[block * per_block :][: piece.size] = piece.ravel()
-        return out.reshape(shape)
+            stream.readinto(stored.data)
+        return coded_rows(stored, tensor.quantisation, shape)
 
 
 class _Cursor:
@@ -224,10 +219,10 @@ def _aligned(offset: int, alignment: int) -> int:
 
 def _tensor(path: Path, name: str, shape: tuple[int, ...], kind: int, offset: int) -> GgufTensor:
     known = {int(quantisation): quantisation for quantisation in GGMLQuantizationType}
-    if kind not in known or known[kind].name not in _SUPPORTED:
+    if kind not in known or known[kind].name not in SUPPORTED:
         raise UnsupportedModelError(
             f"{path}: the quantisation of tensor {name!r}",
-            expected=f"one of {', '.join(_SUPPORTED)}",
+            expected=f"one of {', '.join(SUPPORTED)}",
             got=known[kind].name if kind in known else f"type {kind}",
         )
     quantisation = known[kind]

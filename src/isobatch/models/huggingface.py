@@ -10,11 +10,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from isobatch.errors import CheckpointError, IntegrityError, UnsupportedModelError
+from isobatch.kernels.coding import BF16, F16, F32, CodedRows, Coding
 from isobatch.models.config import config_from_huggingface
 from isobatch.models.fields import Fields, read_json
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = ("F32", "F16", "BF16")  # each widens to float32 exactly
+_CODINGS = {"F32": F32, "F16": F16, "BF16": BF16}  # each widens to float32 exactly
 
 
 class HuggingFaceCheckpoint:
@@ -46,15 +47,24 @@ class HuggingFaceCheckpoint:
             raise CheckpointError(f"{self.path} has no tensor {name!r}")
         return self._shapes[name]
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows [start, stop) of one tensor, as float32."""
+    def coding(self, name: str) -> Coding:
+        """How one tensor's numbers are stored."""
+        self.shape(name)
+        return _CODINGS[self._owners[name].get_slice(name).get_dtype()]
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> CodedRows:
+        """Rows [start, stop) of one tensor, as they are stored."""
         rows = self.shape(name)[0]
         stop = rows if stop is None else stop
         if not 0 <= start <= stop <= rows:
             raise IntegrityError(f"rows of {name}", expected=f"within [0, {rows})", got=f"[{start}, {stop})")
         part: torch.Tensor = self._owners[name].get_slice(name)[start:stop]
-        # copy: what safetensors hands out may be a view of the mapped file.
-        return part.to(torch.float32, copy=True).contiguous()
+        # What safetensors hands out may be a view of the mapped file.
+        return CodedRows.of(part.clone(memory_format=torch.contiguous_format))
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows [start, stop) of one tensor, as float32."""
+        return self.rows(name, start, stop).floats()
 
     def close(self) -> None:
         """Let go of the files."""
@@ -116,8 +126,8 @@ def _open(file: Path, stack: ExitStack) -> Any:
 
 def _shape(path: Path, name: str, file: Any) -> tuple[int, ...]:
     part = file.get_slice(name)
-    if part.get_dtype() not in _DTYPES:
+    if part.get_dtype() not in _CODINGS:
         raise UnsupportedModelError(
-            f"{name} in {path}", expected=f"dtype {', '.join(_DTYPES)}", got=part.get_dtype()
+            f"{name} in {path}", expected=f"dtype {', '.join(_CODINGS)}", got=part.get_dtype()
         )
     return tuple(part.get_shape())

@@ -65,13 +65,14 @@ class Attention:
 
     def __call__(self, ops: Ops, x: torch.Tensor, batch: Batch, cache: Cache, rotary: Rotary) -> torch.Tensor:
         """x, float32 [T, hidden], attended; stores this step's keys and values in the cache."""
-        packed = ops.linear(x, self.qkv, self.qkv_bias).view(len(x), -1, self.head_size)
-        turned, v = packed[:, : -self.kv_heads], packed[:, -self.kv_heads :]
+        heads, kv_heads = self.heads, self.kv_heads
+        packed = ops.linear(x, self.qkv, self.qkv_bias).view(x.shape[0], -1, self.head_size)
+        turned, v = packed.split_with_sizes((heads + kv_heads, kv_heads), 1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = turned[:, : self.heads], turned[:, self.heads :]
+            q, k = turned.split_with_sizes((heads, kv_heads), 1)
             turned = torch.cat((_normed(ops, q, self.q_norm), _normed(ops, k, self.k_norm)), 1)
         turned = ops.rotary(turned, batch.positions, rotary.cos, rotary.sin)
-        q, k = turned[:, : self.heads], turned[:, self.heads :]
+        q, k = turned.split_with_sizes((heads, kv_heads), 1)
         ops.write_kv(k, v, cache, batch.rows)
         attended = ops.attention(q, cache, batch.rows, 1 / math.sqrt(self.head_size))
         return ops.linear(attended.flatten(1), self.out, self.out_bias)

@@ -9,9 +9,10 @@ import numpy.typing as npt
 import torch
 
 from isobatch.errors import UnsupportedModelError
+from isobatch.kernels.coding import F32, Coding
 from isobatch.kernels.layout import PAGE, Weight
 from isobatch.kernels.rotary.table import Llama3Scaling, inverse_frequencies, rotary_table, scale_llama3
-from isobatch.models.checkpoint import Checkpoint
+from isobatch.models.checkpoint import Checkpoint, expected_tensors
 from isobatch.models.config import ModelConfig
 from isobatch.models.decoder import Decoder
 from isobatch.models.layers import MLP, Attention, Layer, Norm, Rotary
@@ -19,6 +20,9 @@ from isobatch.ops import Ops
 
 # Rows of a matrix converted at a time: bounds what loading needs on top of the weights themselves.
 _ROWS_AT_A_TIME = 4096
+# Tensors that one weight holds, one below the other.
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
 Progress = Callable[[int, int], None]
 """Called with (layers loaded, layers in all)."""
@@ -33,7 +37,8 @@ def load_decoder(checkpoint: Checkpoint, ops: Ops, progress: Progress = lambda _
         progress: told after each layer.
 
     Returns:
-        The decoder. Memory: its float32 weights, and a few thousand rows of the matrix being read.
+        The decoder. Memory: `coded_bytes`, or with stock kernels that of float32 weights; and a few thousand
+        rows of the matrix being read.
 
     Raises:
         UnsupportedModelError: the head size is no multiple of 16.
@@ -71,15 +76,44 @@ def rotary_for(config: ModelConfig) -> Rotary:
     return Rotary(*rotary_table(inv_freq, config.context_length))
 
 
+def coded_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the weights that `load_decoder` loads for our own kernels, as they are coded."""
+    total = 0
+    for name, shape in expected_tensors(checkpoint.config).items():
+        matrix = len(shape) > 1
+        total += _coding(checkpoint, *_joined(name)).bytes(*shape) if matrix else F32.bytes(1, *shape)
+    return total
+
+
+def _joined(name: str) -> list[str]:
+    """The tensors that make up one weight with this one, itself included."""
+    prefix, _, kind = name.rpartition(".")
+    for parts in (_QKV, _GATE_UP):
+        for part in parts:
+            if prefix.endswith(part):
+                return [f"{prefix.removesuffix(part)}{other}.{kind}" for other in parts]
+    return [name]
+
+
+def _coding(checkpoint: Checkpoint, *names: str) -> Coding:
+    """The coding of a weight made of several tensors: theirs, or float32 where they do not agree.
+
+    A kernel knows one coding for a weight. Quantisers mix them: they may give v_proj more bits than q_proj.
+    float32 holds the numbers of all codings exactly, at the price of memory; any other one would round.
+    """
+    codings = {checkpoint.coding(name) for name in names}
+    return codings.pop() if len(codings) == 1 else F32
+
+
 def _matrix(checkpoint: Checkpoint, ops: Ops, *names: str) -> Weight:
     """One weight from the rows of several tensors, one below the other."""
     heights = [checkpoint.shape(name)[0] for name in names]
-    weight = ops.weight(sum(heights), checkpoint.shape(names[0])[1])
+    weight = ops.weight(sum(heights), checkpoint.shape(names[0])[1], _coding(checkpoint, *names))
     at = 0
     for name, height in zip(names, heights, strict=True):
         for start in range(0, height, _ROWS_AT_A_TIME):
             stop = min(start + _ROWS_AT_A_TIME, height)
-            weight.put(at + start, checkpoint.read(name, start, stop))
+            weight.put(at + start, checkpoint.rows(name, start, stop))
         at += height
     return weight
 
@@ -96,10 +130,9 @@ def _layer(checkpoint: Checkpoint, ops: Ops, prefix: str) -> Layer:
     def bias(*names: str) -> torch.Tensor:
         return torch.cat([checkpoint.read(f"{prefix}{name}.bias") for name in names])
 
-    qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     attention = Attention(
-        qkv=matrix(*qkv),
-        qkv_bias=bias(*qkv) if config.attention_bias else None,
+        qkv=matrix(*_QKV),
+        qkv_bias=bias(*_QKV) if config.attention_bias else None,
         out=matrix("self_attn.o_proj"),
         out_bias=bias("self_attn.o_proj") if config.output_bias else None,
         q_norm=norm("self_attn.q_norm") if config.qk_norm else None,
@@ -108,5 +141,5 @@ def _layer(checkpoint: Checkpoint, ops: Ops, prefix: str) -> Layer:
         kv_heads=config.num_kv_heads,
         head_size=config.head_size,
     )
-    mlp = MLP(matrix("mlp.gate_proj", "mlp.up_proj"), matrix("mlp.down_proj"))
+    mlp = MLP(matrix(*_GATE_UP), matrix("mlp.down_proj"))
     return Layer(norm("input_layernorm"), attention, norm("post_attention_layernorm"), mlp)

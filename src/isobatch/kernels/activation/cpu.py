@@ -10,7 +10,7 @@ import torch
 from numba import prange
 
 from isobatch.kernels.cpu.elementary import exp
-from isobatch.kernels.cpu.jit import LAUNCH, array, kernel
+from isobatch.kernels.cpu.jit import array, empty, kernel
 
 
 @kernel
@@ -24,7 +24,8 @@ def _silu_and_mul(gate_up, y):
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """silu of the left half of each row, times the right half."""
-    out = torch.empty(len(gate_up), gate_up.shape[1] // 2)
-    with LAUNCH:
-        _silu_and_mul(array(gate_up), out.numpy())
+    rows, width = gate_up.shape
+    out, out_array = empty(rows, width // 2)
+    launch = _silu_and_mul.sized(rows * width // 2)
+    launch(array(gate_up), out_array)
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from isobatch.kernels.activation import cpu, stock
+from isobatch.kernels.cpu.jit import SMALL
 from isobatch.kernels.cpu.layout import CPU
 from isobatch.kernels.data import floats
 from isobatch.kernels.registry import Member, OpRecord, RowCase
@@ -27,5 +28,5 @@ SILU_AND_MUL = OpRecord(
     reference=stock.silu_and_mul_ref,
     draw=draw,
     variants=tuple(_WIDTHS),
-    thresholds=(16, 64),
+    thresholds=(*(SMALL // width for width in _WIDTHS.values()), 16, 64),
 )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from isobatch.kernels.cpu.jit import empty
 from isobatch.kernels.layout import PAGE
 
 
@@ -24,6 +25,6 @@ class KVCache:
     @classmethod
     def empty(cls, blocks: int, kv_heads: int, head_size: int) -> KVCache:
         """Uninitialised memory: no kernel reads a slot that was not written for the same request."""
-        return cls(
-            torch.empty(blocks, kv_heads, head_size, PAGE), torch.empty(blocks, kv_heads, PAGE, head_size)
-        )
+        k, _ = empty(blocks, kv_heads, head_size, PAGE)
+        v, _ = empty(blocks, kv_heads, PAGE, head_size)
+        return cls(k, v)

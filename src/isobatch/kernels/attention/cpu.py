@@ -19,7 +19,7 @@ from numba import prange
 
 from isobatch.kernels.attention.cache import KVCache
 from isobatch.kernels.cpu.elementary import LOG2_E64, exp2
-from isobatch.kernels.cpu.jit import LAUNCH, array, device, kernel
+from isobatch.kernels.cpu.jit import array, device, empty, kernel
 from isobatch.kernels.cpu.tile import MAX_ROWS, multiply_page, multiply_page_resume
 from isobatch.kernels.layout import PAGE, PagedRows
 
@@ -152,21 +152,20 @@ def _attention(q, k, v, query_starts, context_lengths, block_tables, c, tile, pa
 
 
 def _launch(q: torch.Tensor, cache: KVCache, rows: PagedRows, scale: float, tile: int, pack_heads: bool):
-    out = torch.empty(q.shape)
+    out, out_array = empty(*q.shape)
     c = np.float32(LOG2_E64 * scale)
-    with LAUNCH:
-        _attention(
-            array(q),
-            cache.k.numpy(),
-            cache.v.numpy(),
-            array(rows.query_starts),
-            array(rows.context_lengths),
-            array(rows.block_tables),
-            c,
-            tile,
-            pack_heads,
-            out.numpy(),
-        )
+    _attention(
+        array(q),
+        cache.k.numpy(),
+        cache.v.numpy(),
+        array(rows.query_starts),
+        array(rows.context_lengths),
+        array(rows.block_tables),
+        c,
+        tile,
+        pack_heads,
+        out_array,
+    )
     return out
 
 
@@ -198,5 +197,5 @@ def _write_kv(key, value, slots, k, v):
 
 def write_kv(key: torch.Tensor, value: torch.Tensor, cache: KVCache, rows: PagedRows) -> None:
     """Stores each row's key and value in its slot. A copy, no arithmetic."""
-    with LAUNCH:
-        _write_kv(array(key), array(value), array(rows.slots), cache.k.numpy(), cache.v.numpy())
+    launch = _write_kv.sized(key.numel())
+    launch(array(key), array(value), array(rows.slots), cache.k.numpy(), cache.v.numpy())

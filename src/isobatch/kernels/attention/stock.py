@@ -21,11 +21,11 @@ def write_kv(key: torch.Tensor, value: torch.Tensor, cache: DenseCache, rows: Pa
 def attention(q: torch.Tensor, cache: DenseCache, rows: PagedRows, scale: float) -> torch.Tensor:
     """Causal attention of every query over its request's pages."""
     starts, lengths = rows.query_starts.tolist(), rows.context_lengths.tolist()
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     decodes = [r for r in range(len(lengths)) if starts[r + 1] - starts[r] == 1]
     if decodes:
-        at = torch.tensor([starts[r] for r in decodes])
-        out[at] = _decode(q[at], cache, rows, torch.tensor(decodes), scale)
+        at = torch.tensor([starts[r] for r in decodes], device=q.device)
+        out[at] = _decode(q[at], cache, rows, torch.tensor(decodes, device=q.device), scale)
     for r in range(len(lengths)):
         begin, end = starts[r], starts[r + 1]
         if end - begin > 1:
@@ -33,7 +33,8 @@ def attention(q: torch.Tensor, cache: DenseCache, rows: PagedRows, scale: float)
             first = lengths[r] - (end - begin)
             mask = None
             if first:
-                mask = torch.arange(lengths[r]) <= torch.arange(first, lengths[r])[:, None]
+                at = torch.arange(lengths[r], device=q.device)
+                mask = at <= at[first:, None]
             heads = q[None, begin:end].transpose(1, 2)
             out[begin:end] = _sdpa(heads, k, v, mask, scale)[0].transpose(0, 1)
     return out
@@ -50,7 +51,7 @@ def _decode(
     lengths = rows.context_lengths[which]
     longest = int(lengths.max())
     k, v = (_gather(pages, rows.block_tables[which], longest) for pages in (cache.k, cache.v))
-    mask = (torch.arange(longest) < lengths[:, None])[:, None, None]
+    mask = (torch.arange(longest, device=q.device) < lengths[:, None])[:, None, None]
     return _sdpa(q[:, :, None], k, v, mask, scale)[:, :, 0]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import os
 import shutil
 import tempfile
 import threading
@@ -18,15 +19,53 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import numpy as np
 import numpy.typing as npt
 import torch
 from numba.core import config as numba_config
 
 from isobatch import env
+from isobatch.errors import ConfigError, ForkedProcessError
 
 # numba's fallback threading layer aborts the process when two Python threads enter it at once.
 # Holding this while a parallel kernel runs costs nothing: the kernel uses every core anyway.
-LAUNCH = threading.RLock()
+_LAUNCH = threading.RLock()
+
+SMALL = 4096
+"""Numbers that one thread goes through in about the time that it takes to call the others."""
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    try:
+        numba.threading_layer()
+    except ValueError:  # no kernel has run yet: the child starts threads of its own
+        return
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def require_threads() -> None:
+    """Refuses a process in which kernels cannot run.
+
+    Raises:
+        ForkedProcessError: it was forked from one that had run kernels. Their threads stayed behind, and
+            OpenMP would end the child without a word.
+        ConfigError: numba is told not to compile.
+    """
+    if _forked:
+        raise ForkedProcessError(
+            "this process was forked after kernels had run, and their threads stayed behind",
+            fix="fork before the first model is loaded, or start processes with multiprocessing's 'spawn'",
+        )
+    if numba_config.DISABLE_JIT:
+        raise ConfigError(
+            "kernels have to be compiled", got="NUMBA_DISABLE_JIT is set", fix="unset NUMBA_DISABLE_JIT"
+        )
 
 
 @cache
@@ -68,10 +107,36 @@ def _numba_cache_at(path: Path) -> Iterator[None]:
         numba_config.CACHE_DIR = before
 
 
-def kernel(function: Callable[..., Any]) -> Any:
-    """Compiles a parallel kernel: `numba.prange` inside, arrays and scalars as arguments."""
-    with _numba_cache_at(cache_path()):
-        return numba.njit(parallel=True, cache=True, error_model="numpy")(function)
+class Kernel:
+    """A compiled kernel. Called, it runs on all threads.
+
+    Args:
+        function: `numba.prange` inside, arrays and scalars as arguments.
+
+    Determinism:
+        Threads share out outputs and never a sum, so how many there are changes no bit.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        # Each form is compiled when it is first called. numba's cache cannot tell the two apart by itself.
+        with _numba_cache_at(cache_path()):
+            self._on_all = numba.njit(parallel=True, cache=True, error_model="numpy")(function)
+        with _numba_cache_at(cache_path() / "alone"):
+            self._alone = numba.njit(cache=True, error_model="numpy")(function)
+
+    def __call__(self, *arguments: Any) -> None:
+        """Runs on all threads."""
+        with _LAUNCH:
+            self._on_all(*arguments)
+
+    def sized(self, numbers: int) -> Callable[..., None]:
+        """What to call to go through so many numbers: up to SMALL, the calling thread does better alone."""
+        return self._alone if numbers <= SMALL else self
+
+
+def kernel(function: Callable[..., Any]) -> Kernel:
+    """Compiles a parallel kernel, as a decorator."""
+    return Kernel(function)
 
 
 def device(function: Callable[..., Any]) -> Any:
@@ -105,3 +170,12 @@ def array(tensor: torch.Tensor) -> npt.NDArray[Any]:
     One layout means one compiled specialisation of each kernel, and vector loads along rows.
     """
     return tensor.contiguous().numpy()
+
+
+def empty(*shape: int) -> tuple[torch.Tensor, npt.NDArray[np.float32]]:
+    """Uninitialised float32 numbers for a kernel to write: the tensor, and the array of the same memory.
+
+    Made as an array: a tensor costs as much as a small kernel, and then its array as much again.
+    """
+    numbers = np.empty(shape, np.float32)
+    return torch.from_numpy(numbers), numbers

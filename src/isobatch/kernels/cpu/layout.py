@@ -1,9 +1,11 @@
-"""The layout that all CPU kernels share."""
+"""The layouts that CPU kernels share."""
 
 from __future__ import annotations
 
 from isobatch.kernels.attention.cache import KVCache
 from isobatch.kernels.layout import Layout
-from isobatch.kernels.linear.weight import PackedWeight
+from isobatch.kernels.linear.weight import PackedWeight, WidenedWeight
 
 CPU = Layout(weight=PackedWeight, cache=KVCache)
+WIDENED = Layout(weight=WidenedWeight, cache=KVCache)
+"""For members that define what a coded weight has to give: theirs is widened when it is filled."""

@@ -12,7 +12,8 @@ The loop is written in LLVM IR because that is the only way to be certain what i
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 from llvmlite import ir
 from numba import types
@@ -39,29 +40,62 @@ LANES = 16 if _has_avx512() else 8
 MAX_ROWS = 12 if _has_avx512() else 6
 VECTORS = 2
 COLUMNS = LANES * VECTORS
-
+PANEL = 32
+"""Outputs in a panel of a weight: a multiple of COLUMNS on every CPU."""
 
 Mode = Literal["set", "resume", "add"]
 
 
-def _panel_product(rows: int, vectors: int, lanes: int, mode: Mode) -> Any:
-    """Makes the intrinsic for a `rows` x (`vectors` * `lanes`) tile.
+class Columns(Protocol):
+    """Emits the loading of B: some vectors of LANES neighbouring columns, for one k after another."""
+
+    @property
+    def vectors(self) -> int:
+        """How many vectors."""
+
+    def before(self, builder: Any, scales: Any, offsets: Any) -> Any:
+        """Emits what is loaded once, before the first k, from addresses that mean nothing without it."""
+
+    def load(self, builder: Any, row: Any, kept: Any) -> list[Any]:
+        """Emits the loading of one k, whose columns begin at an address; `kept` is from `before`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Floats:
+    """B as it is multiplied: float32."""
+
+    vectors: int
+
+    def before(self, _builder: Any, _scales: Any, _offsets: Any) -> Any:
+        """Nothing."""
+
+    def load(self, builder: Any, row: Any, _kept: Any) -> list[Any]:
+        """Loads each vector."""
+        vec = ir.VectorType(_F32, LANES)
+        starts = [builder.add(row, ir.Constant(_I64, v * LANES * _FLOAT_BYTES)) for v in range(self.vectors)]
+        pointers = [builder.inttoptr(start, ir.PointerType(vec)) for start in starts]
+        return [builder.load(pointer, align=_FLOAT_BYTES) for pointer in pointers]
+
+
+def panel_product(rows: int, columns: Columns, mode: Mode) -> Any:
+    """Makes the intrinsic for a tile of `rows` by some vectors of LANES.
 
     Args:
         rows: rows of A and C held in registers.
-        vectors: vectors of B and C per row.
-        lanes: floats in a vector.
+        columns: how the vectors of B are loaded; C has as many.
         mode: "set" starts from zero and stores; "resume" starts from what C holds and stores, so that the
             chain goes on; "add" starts from zero and adds to what C holds, one rounded addition.
 
     Returns:
-        A numba intrinsic (a, a_stride, b, b_stride, count, c, c_stride): addresses in bytes as intp;
-        strides between rows of A, rows of B (steps of k) and rows of C in floats; count is the length of k.
+        A numba intrinsic (a, a_stride, b, b_stride, scales, offsets, count, c, c_stride): addresses in bytes
+        as intp; strides between rows of A, rows of B (steps of k) and rows of C in floats; scales and offsets
+        are for `columns`; count is the length of k.
     """
+    lanes, vectors = LANES, columns.vectors
     vec = ir.VectorType(_F32, lanes)
 
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        a, a_stride, b, b_stride, count, c, c_stride = arguments
+        a, a_stride, b, b_stride, scales, offsets, count, c, c_stride = arguments
         fma = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(vec, [vec, vec, vec]), f"llvm.fma.v{lanes}f32"
         )
@@ -84,6 +118,7 @@ def _panel_product(rows: int, vectors: int, lanes: int, mode: Mode) -> Any:
             else zero
             for r, v in cells
         }
+        kept = columns.before(builder, scales, offsets)
         entry = builder.block
         check, step, done = (builder.append_basic_block(name) for name in ("k.check", "k.step", "k.done"))
         builder.branch(check)
@@ -99,7 +134,7 @@ def _panel_product(rows: int, vectors: int, lanes: int, mode: Mode) -> Any:
         builder.position_at_end(step)
         k_bytes = builder.mul(k, ir.Constant(_I64, _FLOAT_BYTES))
         b_row = builder.add(b, builder.mul(k_bytes, b_stride))
-        b_vectors = [builder.load(at(b_row, offset[v], vec), align=_FLOAT_BYTES) for v in range(vectors)]
+        b_vectors = columns.load(builder, b_row, kept)
         undefined = ir.Constant(vec, ir.Undefined)
         for r in range(rows):
             scalar = builder.load(at(builder.add(a_rows[r], k_bytes), 0, _F32), align=_FLOAT_BYTES)
@@ -122,10 +157,10 @@ def _panel_product(rows: int, vectors: int, lanes: int, mode: Mode) -> Any:
         return context.get_dummy_value()
 
     @intrinsic
-    def panel_product(_typing: Any, a, a_stride, b, b_stride, count, c, c_stride):
-        return types.void(*[types.intp] * 7), generate
+    def product(_typing: Any, a, a_stride, b, b_stride, scales, offsets, count, c, c_stride):
+        return types.void(*[types.intp] * 9), generate
 
-    return panel_product
+    return product
 
 
 def _by_rows(vectors: int, mode: Mode) -> Any:
@@ -133,13 +168,13 @@ def _by_rows(vectors: int, mode: Mode) -> Any:
 
     Args:
         vectors: vectors of B and C per row.
-        mode: as for `_panel_product`.
+        mode: as for `panel_product`.
 
     Returns:
         A compiled helper (rows, a, a_stride, b, b_stride, count, c, c_stride).
     """
-    tile_max, tile_4, tile_2, tile_1 = (
-        _panel_product(rows, vectors, LANES, mode) for rows in (MAX_ROWS, 4, 2, 1)
+    tile_max, tile_4, tile_3, tile_2, tile_1 = (
+        panel_product(rows, _Floats(vectors), mode) for rows in (MAX_ROWS, 4, 3, 2, 1)
     )
 
     @device
@@ -148,17 +183,22 @@ def _by_rows(vectors: int, mode: Mode) -> Any:
         while r < rows:
             left = rows - r
             ar, cr = a + 4 * r * a_stride, c + 4 * r * c_stride
-            if left >= MAX_ROWS:
-                tile_max(ar, a_stride, b, b_stride, count, cr, c_stride)
+            # A step of k takes one row or two as long as four, since each fma waits for the one before. So
+            # none is left for the end: where six rows make a tile, eight are four and four.
+            if left >= MAX_ROWS and left - MAX_ROWS not in (1, 2):
+                tile_max(ar, a_stride, b, b_stride, 0, 0, count, cr, c_stride)
                 r += MAX_ROWS
             elif left >= 4:
-                tile_4(ar, a_stride, b, b_stride, count, cr, c_stride)
+                tile_4(ar, a_stride, b, b_stride, 0, 0, count, cr, c_stride)
                 r += 4
-            elif left >= 2:
-                tile_2(ar, a_stride, b, b_stride, count, cr, c_stride)
+            elif left == 3:
+                tile_3(ar, a_stride, b, b_stride, 0, 0, count, cr, c_stride)
+                r += 3
+            elif left == 2:
+                tile_2(ar, a_stride, b, b_stride, 0, 0, count, cr, c_stride)
                 r += 2
             else:
-                tile_1(ar, a_stride, b, b_stride, count, cr, c_stride)
+                tile_1(ar, a_stride, b, b_stride, 0, 0, count, cr, c_stride)
                 r += 1
 
     return product

@@ -5,6 +5,8 @@ ascending, each step a fused multiply-add. The blocks' sums are added in ascendi
 rounded; then the bias, one rounded addition. Vectors run over outputs, never over k, so neither the number of
 rows nor the number of threads can reach the sum. The blocks are there for accuracy: a single chain over
 K = 4096 has four times the error of torch's own kernel, the blocked one has less than torch's.
+
+A coded weight is widened as `kernels/coding.py` says, each number by itself, and then multiplied as above.
 """
 
 from __future__ import annotations
@@ -13,81 +15,112 @@ import numpy as np
 import torch
 from numba import prange
 
-from isobatch.kernels.cpu.jit import LAUNCH, array, device, kernel
-from isobatch.kernels.cpu.tile import COLUMNS, multiply, multiply_add
-from isobatch.kernels.linear.weight import PANEL, PackedWeight
+from isobatch.kernels.coding import Form
+from isobatch.kernels.cpu.jit import array, device, empty, kernel
+from isobatch.kernels.cpu.tile import COLUMNS, PANEL, multiply, multiply_add
+from isobatch.kernels.cpu.widen import FEW, Panel, multiply_few, widen
+from isobatch.kernels.linear.weight import PackedWeight
 
 # A work item is one panel times this many rows: enough items for many cores, few enough to reuse the panel.
 _ROWS_PER_ITEM = 240
 _BLOCK = 256
+_LINE = 64  # bytes of a cache line: no vector of the scratch lies in two
 
 
 @device
-def _multiply_panel(rows, x, x_stride, panel, K, y, y_stride):
+def _panel(index, form, group, codes, scales, offsets):
+    return Panel(
+        form,
+        group,
+        codes.ctypes.data + index * codes.strides[0],
+        codes.strides[1],
+        scales.ctypes.data + index * scales.strides[0],
+        offsets.ctypes.data + index * offsets.strides[0],
+    )
+
+
+@device
+def _multiply_panel(x, panel, y):
     """The written order for the PANEL outputs of one panel; all but the bias."""
+    rows, K = x.shape
+    a, a_stride, y_stride = x.ctypes.data, x.strides[0] // 4, y.strides[0] // 4
+    if panel.form != Form.F32 and rows <= FEW:
+        sums = np.empty((rows, PANEL), np.float32)
+        for k in range(0, K, _BLOCK):
+            sums[:] = np.float32(0)
+            multiply_few(rows, a + 4 * k, a_stride, panel, k, min(_BLOCK, K - k), sums.ctypes.data)
+            for r in range(rows):
+                for j in range(PANEL):
+                    y[r, j] = sums[r, j] if k == 0 else y[r, j] + sums[r, j]
+        return
+    scratch = np.empty(0 if panel.form == Form.F32 else _BLOCK * COLUMNS + _LINE // 4, np.float32)
+    widened = (scratch.ctypes.data + _LINE - 1) // _LINE * _LINE
     for j in range(0, PANEL, COLUMNS):
-        b, c = panel + 4 * j, y + 4 * j
-        multiply(rows, x, x_stride, b, PANEL, min(_BLOCK, K), c, y_stride)
-        for k in range(_BLOCK, K, _BLOCK):
+        c = y.ctypes.data + 4 * j
+        for k in range(0, K, _BLOCK):
             count = min(_BLOCK, K - k)
-            multiply_add(rows, x + 4 * k, x_stride, b + 4 * k * PANEL, PANEL, count, c, y_stride)
+            if panel.form == Form.F32:
+                b, b_stride = panel.codes + 4 * (k * PANEL + j), PANEL
+            else:
+                widen(panel, k, count, j, widened)
+                b, b_stride = widened, COLUMNS
+            if k == 0:
+                multiply(rows, a, a_stride, b, b_stride, count, c, y_stride)
+            else:
+                multiply_add(rows, a + 4 * k, a_stride, b, b_stride, count, c, y_stride)
 
 
 @kernel
-def _linear_tiles(x, panels, bias, y):
-    T, N, K = x.shape[0], y.shape[1], panels.shape[1]
+def _linear_tiles(x, form, group, codes, scales, offsets, bias, y):
+    T, N = y.shape
     row_blocks = (T + _ROWS_PER_ITEM - 1) // _ROWS_PER_ITEM
-    x_stride, y_stride = x.strides[0] // 4, y.strides[0] // 4
-    for item in prange(panels.shape[0] * row_blocks):
-        panel, start = item // row_blocks, item % row_blocks * _ROWS_PER_ITEM
-        rows = min(_ROWS_PER_ITEM, T - start)
-        n = panel * PANEL
+    for item in prange(codes.shape[0] * row_blocks):
+        index, start = item // row_blocks, item % row_blocks * _ROWS_PER_ITEM
+        stop = min(start + _ROWS_PER_ITEM, T)
+        n = index * PANEL
         width = min(PANEL, N - n)
-        a = x.ctypes.data + 4 * start * x_stride
-        b = panels.ctypes.data + 4 * panel * K * PANEL
+        panel = _panel(index, form, group, codes, scales, offsets)
         if width == PANEL:
-            c = y.ctypes.data + 4 * (start * y_stride + n)
-            _multiply_panel(rows, a, x_stride, b, K, c, y_stride)
+            _multiply_panel(x[start:stop], panel, y[start:stop, n : n + PANEL])
         else:  # the last outputs of a matrix whose N is no multiple of the panel
-            scratch = np.empty((rows, PANEL), np.float32)
-            _multiply_panel(rows, a, x_stride, b, K, scratch.ctypes.data, PANEL)
-            y[start : start + rows, n:N] = scratch[:, :width]
+            whole = np.empty((stop - start, PANEL), np.float32)
+            _multiply_panel(x[start:stop], panel, whole[:, :PANEL])
+            y[start:stop, n:N] = whole[:, :width]
         if bias.shape[0]:
-            for r in range(start, start + rows):
+            for r in range(start, stop):
                 for j in range(n, n + width):
                     y[r, j] = y[r, j] + bias[j]
 
 
 @kernel
-def _linear_row(x, panels, bias, y):
-    N, K = y.shape[1], panels.shape[1]
-    for panel in prange(panels.shape[0]):
-        scratch = np.empty(PANEL, np.float32)
-        for r in range(x.shape[0]):
-            b = panels.ctypes.data + 4 * panel * K * PANEL
-            _multiply_panel(1, x.ctypes.data + r * x.strides[0], K, b, K, scratch.ctypes.data, PANEL)
-            for j in range(panel * PANEL, min(panel * PANEL + PANEL, N)):
-                y[r, j] = (
-                    scratch[j - panel * PANEL] + bias[j] if bias.shape[0] else scratch[j - panel * PANEL]
-                )
+def _linear_row(x, form, group, codes, scales, offsets, bias, y):
+    T, N = y.shape
+    for index in prange(codes.shape[0]):
+        whole = np.empty((1, PANEL), np.float32)
+        panel = _panel(index, form, group, codes, scales, offsets)
+        for r in range(T):
+            _multiply_panel(x[r : r + 1], panel, whole[:, :PANEL])
+            for j in range(index * PANEL, min(index * PANEL + PANEL, N)):
+                one = whole[0, j - index * PANEL]
+                y[r, j] = one + bias[j] if bias.shape[0] else one
 
 
 _NO_BIAS = np.empty(0, np.float32)
 
 
 def _launch(compiled, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    out = torch.empty(len(x), weight.outputs)
+    out, out_array = empty(x.shape[0], weight.outputs)
+    form, group = int(weight.coding.form), weight.coding.group
     bias_array = _NO_BIAS if bias is None else array(bias)
-    with LAUNCH:
-        compiled(array(x), weight.panels.numpy(), bias_array, out.numpy())
+    compiled(array(x), form, group, weight.codes, weight.scales, weight.offsets, bias_array, out_array)
     return out
 
 
 def linear_tiles(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """The fast member: register tiles of up to 12 rows by 32 outputs."""
+    """The fast member: register tiles of up to 12 rows by 32 outputs, widened on the way."""
     return _launch(_linear_tiles, x, weight, bias)
 
 
 def linear_row(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """The canonical member: one row at a time."""
+    """The canonical member: one row at a time. Its layout has the weight widened beforehand."""
     return _launch(_linear_row, x, weight, bias)

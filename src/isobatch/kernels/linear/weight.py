@@ -1,4 +1,4 @@
-"""A weight matrix as the CPU kernels read it: panels of 32 outputs, k running down each panel.
+"""A weight matrix as the CPU kernels read it: panels of 32 outputs, k running down each panel, still coded.
 
 Packed once at load. The packing is the only copy: the embedding of a tied model reads its rows from the same
 panels.
@@ -8,62 +8,137 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-PANEL = 32
+from isobatch.errors import IntegrityError
+from isobatch.kernels.coding import F32, CodedRows, Coding
+from isobatch.kernels.cpu.tile import PANEL
+from isobatch.kernels.cpu.widen import NIBBLES
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class PackedWeight:
     """W of shape [N, K], stored as panels.
 
     Args:
-        panels: float32 [ceil(N / 32), K, 32], CPU, contiguous; outputs beyond N are zero.
+        coding: the form of its numbers.
         outputs: N.
+        codes: bytes [ceil(N / 32), K, 32 * bits / 8]: for each k the codes of 32 outputs, in order; of 4-bit
+            codes, two to a byte as NIBBLES says.
+        scales: float32 [ceil(N / 32), K / group, 32]; no groups for a coding without scales.
+        offsets: likewise.
+
+    The arrays are NumPy's, since that is what kernels are called with; outputs beyond N are zero.
     """
 
-    panels: torch.Tensor
+    coding: Coding
     outputs: int
+    codes: npt.NDArray[np.uint8]
+    scales: npt.NDArray[np.float32]
+    offsets: npt.NDArray[np.float32]
 
     @property
     def inputs(self) -> int:
         """K, the length of each sum."""
-        return self.panels.shape[1]
+        return int(self.codes.shape[1])
 
     @classmethod
-    def empty(cls, outputs: int, inputs: int) -> PackedWeight:
+    def empty(cls, outputs: int, inputs: int, coding: Coding) -> PackedWeight:
         """A weight of the right size, to be filled by `put`; zero until then."""
-        return cls(torch.zeros(-(-outputs // PANEL), inputs, PANEL), outputs)
+        panels, groups = -(-outputs // PANEL), coding.groups(inputs)
+        # From torch, whose memory begins at a cache line.
+        codes = torch.zeros(panels, inputs, PANEL * coding.bits // 8, dtype=torch.uint8, device="cpu")
+        scales = torch.zeros(panels, groups, PANEL, dtype=torch.float32, device="cpu")
+        offsets = torch.zeros_like(scales if coding.has_offsets else scales[:, :0])
+        return cls(coding, outputs, codes.numpy(), scales.numpy(), offsets.numpy())
 
     @classmethod
-    def pack(cls, weight: torch.Tensor) -> PackedWeight:
-        """Packs a whole matrix.
-
-        Args:
-            weight: float32 [N, K], CPU, any strides.
-        """
-        packed = cls.empty(*weight.shape)
-        packed.put(0, weight)
+    def pack(cls, rows: CodedRows) -> PackedWeight:
+        """Packs a whole matrix in its own coding."""
+        packed = cls.empty(len(rows), rows.codes.shape[1], rows.coding)
+        packed.put(0, rows)
         return packed
 
-    def put(self, start: int, rows: torch.Tensor) -> None:
+    def put(self, start: int, rows: CodedRows) -> None:
         """Stores rows [start, start + len(rows)) of W.
 
         Args:
             start: the first output.
-            rows: float32 [n, K], CPU, any strides.
-        """
-        stop = start + len(rows)
-        first, last = -(-start // PANEL), stop // PANEL
-        if first < last:
-            whole = rows[first * PANEL - start : last * PANEL - start]
-            self.panels[first:last] = whole.reshape(-1, PANEL, self.inputs).transpose(1, 2)
-        # What is left over lies in a panel that other rows share.
-        head = range(start, min(first * PANEL, stop))
-        tail = range(max(last * PANEL, head.stop), stop)
-        for output in (*head, *tail):
-            self.panels[output // PANEL, :, output % PANEL] = rows[output - start]
+            rows: [n, K], in this weight's coding; in any one if the weight is float32.
 
-    def unpack(self) -> torch.Tensor:
-        """The matrix again, float32 [N, K], a copy."""
-        return self.panels.transpose(1, 2).reshape(-1, self.inputs)[: self.outputs].contiguous()
+        Raises:
+            IntegrityError: in another coding.
+        """
+        if self.coding == F32:
+            rows = CodedRows.of(rows.floats())
+        if rows.coding != self.coding:
+            raise IntegrityError("rows in another coding", expected=self.coding, got=rows.coding)
+        if self.coding.bits == 4:
+            first, last = start // PANEL, -(-(start + len(rows)) // PANEL)
+            spread = _unpacked(torch.from_numpy(self.codes[first:last]))
+            _place(spread, start - first * PANEL, rows.codes)
+            self.codes[first:last] = _packed(spread).numpy()
+        else:
+            _place(self._panels(), start, rows.codes)
+        for panels, part in ((self.scales, rows.scales), (self.offsets, rows.offsets)):
+            if part is not None:
+                _place(torch.from_numpy(panels), start, part)
+
+    def rows(self, outputs: torch.Tensor) -> CodedRows:
+        """Some rows of W, copied.
+
+        Args:
+            outputs: int64 [n], each in [0, N).
+        """
+        panel, column = outputs // PANEL, outputs % PANEL
+
+        def column_of(panels: npt.NDArray[np.float32]) -> torch.Tensor | None:
+            return torch.from_numpy(panels)[panel, :, column] if panels.shape[1] else None
+
+        if self.coding.bits == 4:
+            at, shift = column // 16 * NIBBLES + column % NIBBLES, column % 16 // NIBBLES * 4
+            codes = (torch.from_numpy(self.codes)[panel, :, at] >> shift[:, None].to(torch.uint8)) & 15
+        else:
+            codes = self._panels()[panel, :, column]
+        return CodedRows(self.coding, codes, column_of(self.scales), column_of(self.offsets))
+
+    def _panels(self) -> torch.Tensor:
+        """The codes [P, K, 32], where each has bytes of its own."""
+        return torch.from_numpy(self.codes).view(self.coding.dtype)
+
+
+class WidenedWeight:
+    """Panels that are widened to float32 when they are filled: what the canonical member reads."""
+
+    @staticmethod
+    def empty(outputs: int, inputs: int, _coding: Coding) -> PackedWeight:
+        """A float32 weight, whatever the coding of the rows that it will be given."""
+        return PackedWeight.empty(outputs, inputs, F32)
+
+
+def _place(panels: torch.Tensor, start: int, rows: torch.Tensor) -> None:
+    """Puts rows [n, X] into columns `start` and following of panels [P, X, 32], counted through."""
+    stop = start + len(rows)
+    first, last = -(-start // PANEL), stop // PANEL
+    if first < last:
+        whole = rows[first * PANEL - start : last * PANEL - start]
+        panels[first:last] = whole.reshape(-1, PANEL, panels.shape[1]).transpose(1, 2)
+    # What is left over lies in a panel that other rows share.
+    head = range(start, min(first * PANEL, stop))
+    tail = range(max(last * PANEL, head.stop), stop)
+    for output in (*head, *tail):
+        panels[output // PANEL, :, output % PANEL] = rows[output - start]
+
+
+def _packed(codes: torch.Tensor) -> torch.Tensor:
+    """4-bit codes [P, K, 32], two to a byte: [P, K, 16]."""
+    low, high = codes.view(*codes.shape[:2], 2, 2, NIBBLES).unbind(-2)
+    return (low | high << 4).view(*codes.shape[:2], PANEL // 2)
+
+
+def _unpacked(codes: torch.Tensor) -> torch.Tensor:
+    """The inverse of `_packed`."""
+    pairs = codes.view(*codes.shape[:2], 2, NIBBLES)
+    return torch.stack((pairs & 15, pairs >> 4), -2).view(*codes.shape[:2], PANEL)

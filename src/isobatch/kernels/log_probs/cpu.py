@@ -14,7 +14,7 @@ import torch
 from numba import prange
 
 from isobatch.kernels.cpu.elementary import LOG2_E, exp2, log
-from isobatch.kernels.cpu.jit import LAUNCH, array, device, kernel
+from isobatch.kernels.cpu.jit import array, device, empty, kernel
 
 LANES = 16
 
@@ -92,9 +92,8 @@ class TopLogProbs:
 
 def log_softmax(logits: torch.Tensor) -> torch.Tensor:
     """log softmax of each row."""
-    out = torch.empty(logits.shape)
-    with LAUNCH:
-        _log_softmax(array(logits), out.numpy())
+    out, out_array = empty(*logits.shape)
+    _log_softmax(array(logits), out_array)
     return out
 
 
@@ -102,18 +101,17 @@ def top_log_probs(logits: torch.Tensor, chosen: torch.Tensor, count: int) -> Top
     """The chosen tokens' log-probabilities and ranks, and the top `count` of each row."""
     rows = len(logits)
     result = TopLogProbs(
-        torch.empty(rows),
-        torch.empty(rows, dtype=torch.int64),
-        torch.empty(rows, count, dtype=torch.int64),
-        torch.empty(rows, count),
+        empty(rows)[0],
+        torch.empty(rows, dtype=torch.int64, device="cpu"),
+        torch.empty(rows, count, dtype=torch.int64, device="cpu"),
+        empty(rows, count)[0],
     )
-    with LAUNCH:
-        _top_log_probs(
-            array(logits),
-            array(chosen),
-            result.chosen.numpy(),
-            result.rank.numpy(),
-            result.ids.numpy(),
-            result.log_probs.numpy(),
-        )
+    _top_log_probs(
+        array(logits),
+        array(chosen),
+        result.chosen.numpy(),
+        result.rank.numpy(),
+        result.ids.numpy(),
+        result.log_probs.numpy(),
+    )
     return result

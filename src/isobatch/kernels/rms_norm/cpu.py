@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numba import prange
 
-from isobatch.kernels.cpu.jit import LAUNCH, array, device, kernel
+from isobatch.kernels.cpu.jit import array, device, empty, kernel
 
 LANES = 16
 
@@ -60,12 +60,11 @@ def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The normalised rows, and the rows that were normalised (x, or x + residual)."""
-    out = torch.empty(x.shape)
-    if residual is None:
-        total, residual_array, total_array = x, _NONE, _NONE
-    else:
-        total = torch.empty(x.shape)
-        residual_array, total_array = array(residual), total.numpy()
-    with LAUNCH:
-        _rms_norm(array(x), residual_array, array(weight), np.float32(eps), out.numpy(), total_array)
+    out, out_array = empty(*x.shape)
+    total, residual_array, total_array = x, _NONE, _NONE
+    if residual is not None:
+        residual_array = array(residual)
+        total, total_array = empty(*x.shape)
+    launch = _rms_norm.sized(x.numel())
+    launch(array(x), residual_array, array(weight), np.float32(eps), out_array, total_array)
     return out, total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from isobatch.kernels.cpu.jit import SMALL
 from isobatch.kernels.cpu.layout import CPU
 from isobatch.kernels.data import floats
 from isobatch.kernels.registry import Member, OpRecord, Reordering, RowCase
@@ -40,6 +41,6 @@ RMS_NORM = OpRecord(
     reference=stock.rms_norm_ref,
     draw=draw,
     variants=tuple(_WIDTHS),
-    thresholds=(8, 16, 64),
+    thresholds=(*(SMALL // width for width in _WIDTHS.values()), 8, 16, 64),
     reorder=reorder,
 )

@@ -13,6 +13,16 @@ def rms_norm(
     return torch.nn.functional.rms_norm(total, weight.shape, weight, eps), total
 
 
+def llama_rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same as transformers' LlamaRMSNorm rounds it: to x's dtype before the weight, and after."""
+    total = x if residual is None else x + residual
+    wide = total.float()
+    unit = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * unit.to(x.dtype), total
+
+
 def rms_norm_ref(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from numba import prange
 
-from isobatch.kernels.cpu.jit import LAUNCH, array, kernel
+from isobatch.kernels.cpu.jit import array, empty, kernel
 
 
 @kernel
@@ -19,15 +19,18 @@ def _rotary(x, positions, cos, sin, y):
     for t in prange(T):
         c, s = cos[positions[t]], sin[positions[t]]
         for h in range(H):
+            a, b = x[t, h, :half], x[t, h, half:]
+            # Two loops of one output each, so that the compiler can rule out overlaps and use vectors.
+            first, second = y[t, h, :half], y[t, h, half:]
             for i in range(half):
-                a, b = x[t, h, i], x[t, h, half + i]
-                y[t, h, i] = a * c[i] - b * s[i]
-                y[t, h, half + i] = b * c[i] + a * s[i]
+                first[i] = a[i] * c[i] - b[i] * s[i]
+            for i in range(half):
+                second[i] = b[i] * c[i] + a[i] * s[i]
 
 
 def rotary(x: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x turned by its position's angles."""
-    out = torch.empty(x.shape)
-    with LAUNCH:
-        _rotary(array(x), array(positions), array(cos), array(sin), out.numpy())
+    out, out_array = empty(*x.shape)
+    launch = _rotary.sized(x.numel())
+    launch(array(x), array(positions), array(cos), array(sin), out_array)
     return out

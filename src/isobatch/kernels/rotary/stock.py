@@ -12,6 +12,13 @@ def rotary(x: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: tor
     return x * c + torch.cat((-right, left), -1) * s
 
 
+def rotary_in_dtype(
+    x: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """The same with the angles in x's dtype, as transformers passes them on."""
+    return rotary(x, positions, cos.to(x.dtype), sin.to(x.dtype))
+
+
 def rotary_ref(
     x: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from isobatch.kernels.cpu.elementary import power, sin_cos
+from isobatch.kernels.cpu.jit import empty
 
 _POSITIONS_AT_A_TIME = 4096
 
@@ -66,7 +67,7 @@ def rotary_table(inv_freq: npt.NDArray[np.float32], context: int) -> tuple[torch
     Determinism:
         A function of the arguments alone; the same bits on every CPU.
     """
-    cos, sin = torch.empty(context, len(inv_freq)), torch.empty(context, len(inv_freq))
+    (cos, _), (sin, _) = empty(context, len(inv_freq)), empty(context, len(inv_freq))
     for start in range(0, context, _POSITIONS_AT_A_TIME):  # sin_cos makes a dozen arrays on its way
         stop = min(start + _POSITIONS_AT_A_TIME, context)
         angles = np.arange(start, stop, dtype=np.float32)[:, None] * inv_freq[None, :]

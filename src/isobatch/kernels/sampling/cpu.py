@@ -23,7 +23,7 @@ import torch
 from numba import prange
 
 from isobatch.kernels.cpu.elementary import LOG2_E, exp2, log
-from isobatch.kernels.cpu.jit import LAUNCH, array, device, kernel
+from isobatch.kernels.cpu.jit import array, device, empty, kernel
 from isobatch.kernels.sampling.philox import noise_words
 
 # More than the rounding of exp2 and of its argument can take away from a bound.
@@ -203,40 +203,37 @@ def _fill_exponential(seed, position, out):
 
 def exponential_noise(seed: torch.Tensor, position: torch.Tensor, vocabulary: int) -> torch.Tensor:
     """The noise behind `sample` for every token, float32 [R, V], for torch's side to draw with the same."""
-    out = torch.empty(len(seed), vocabulary)
-    with LAUNCH:
-        _fill_exponential(array(seed), array(position), out.numpy())
+    out, out_array = empty(len(seed), vocabulary)
+    _fill_exponential(array(seed), array(position), out_array)
     return out
 
 
 def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     """One token id per row; REFUSED where the logits are not finite."""
-    tokens = torch.empty(len(logits), dtype=torch.int64)
-    with LAUNCH:
-        _sample(
-            array(logits),
-            array(rows.temperature),
-            array(rows.top_k),
-            array(rows.top_p),
-            array(rows.min_p),
-            array(rows.seed),
-            array(rows.position),
-            tokens.numpy(),
-        )
+    tokens = torch.empty(len(logits), dtype=torch.int64, device="cpu")
+    _sample(
+        array(logits),
+        array(rows.temperature),
+        array(rows.top_k),
+        array(rows.top_p),
+        array(rows.min_p),
+        array(rows.seed),
+        array(rows.position),
+        tokens.numpy(),
+    )
     return tokens
 
 
 def penalize(logits: torch.Tensor, rows: PenaltyRows) -> torch.Tensor:
     """The logits with the penalties applied."""
-    out = torch.empty(logits.shape)
-    with LAUNCH:
-        _penalize(
-            array(logits),
-            array(rows.ids),
-            array(rows.counts),
-            array(rows.repetition),
-            array(rows.presence),
-            array(rows.frequency),
-            out.numpy(),
-        )
+    out, out_array = empty(*logits.shape)
+    _penalize(
+        array(logits),
+        array(rows.ids),
+        array(rows.counts),
+        array(rows.repetition),
+        array(rows.presence),
+        array(rows.frequency),
+        out_array,
+    )
     return out

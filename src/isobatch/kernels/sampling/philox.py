@@ -9,8 +9,8 @@ import numpy as np
 
 from isobatch.kernels.cpu.jit import device
 
-_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_W0, _W1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
+M0, M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+W0, W1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
 _LOW = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)
 
@@ -19,14 +19,14 @@ _32 = np.uint64(32)
 def philox(c0, c1, c2, c3, k0, k1):
     """Ten rounds over a 128-bit counter under a 64-bit key; four uint32 words."""
     for _ in range(10):
-        p0, p1 = _M0 * np.uint64(c0), _M1 * np.uint64(c2)
+        p0, p1 = M0 * np.uint64(c0), M1 * np.uint64(c2)
         c0, c1, c2, c3 = (
             np.uint32(np.uint32(p1 >> _32) ^ c1 ^ k0),
             np.uint32(p1 & _LOW),
             np.uint32(np.uint32(p0 >> _32) ^ c3 ^ k1),
             np.uint32(p0 & _LOW),
         )
-        k0, k1 = np.uint32(k0 + _W0), np.uint32(k1 + _W1)
+        k0, k1 = np.uint32(k0 + W0), np.uint32(k1 + W1)
     return c0, c1, c2, c3
 
 

@@ -21,13 +21,13 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     probabilities[probabilities < rows.min_p[:, None] * probabilities.amax(-1, keepdim=True)] = 0
     if bool((rows.top_k > 0).any()) or bool((rows.top_p < 1).any()):  # servers sort only where they must
         ordered, ids = probabilities.sort(-1, descending=True)
-        rank = torch.arange(logits.shape[1])
+        rank = torch.arange(logits.shape[1], device=logits.device)
         ordered[(rank >= rows.top_k[:, None]) & (rows.top_k[:, None] > 0)] = 0
         before = ordered.cumsum(-1) - ordered
         ordered[before > rows.top_p[:, None] * ordered.sum(-1, keepdim=True)] = 0
         probabilities = torch.zeros_like(ordered).scatter_(1, ids, ordered)
     # The noise is ours, not torch's, so that both sides draw the same token where their logits are the same.
-    noise = exponential_noise(rows.seed, rows.position, logits.shape[1])
+    noise = exponential_noise(rows.seed.cpu(), rows.position.cpu(), logits.shape[1]).to(logits.device)
     drawn = (probabilities / noise).argmax(-1)
     return torch.where(refused, REFUSED, torch.where(rows.temperature == 0, greedy, drawn))
 
