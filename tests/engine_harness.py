@@ -29,6 +29,7 @@ from isobatch.engine.output import Reply, TokenLogProbs
 from isobatch.engine.prefix_cache import PrefixCache
 from isobatch.engine.sampling_params import SamplingParams
 from isobatch.kernels.attention.cache import KVCache
+from isobatch.kernels.coding import F32, CodedRows, Coding
 from isobatch.kernels.cpu.layout import CPU
 from isobatch.kernels.data import floats, integers
 from isobatch.kernels.layout import PAGE, PagedRows
@@ -92,6 +93,12 @@ class TinyCheckpoint:
         if self.poisoned and name == "model.embed_tokens.weight":
             weight[POISON] = float("nan")
         return weight[start:stop]
+
+    def coding(self, name: str) -> Coding:
+        return F32
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> CodedRows:
+        return CodedRows.of(self.read(name, start, stop))
 
     def close(self) -> None:
         pass
@@ -186,12 +193,14 @@ class MovedError(AssertionError):
 
 
 def content(reply: Reply, index: int = 0) -> tuple[torch.Tensor, ...]:
-    """What is promised of a completion: its tokens, every log-probability, how it ended."""
+    """What is promised of a completion: its tokens, every log-probability, how it ended; or of a failure."""
+    if reply.error is not None:
+        assert not reply.completions
+        return (torch.tensor(list(f"{type(reply.error).__name__}: {reply.error}".encode())),)
     completion = reply.completions[index]
     tensors = [
         torch.tensor(completion.token_ids),
         torch.tensor([*completion.finish_reason.encode(), completion.stop_reason or 0]),
-        torch.tensor([reply.error is not None]),
     ]
     for entries in (completion.log_probs, reply.prompt_log_probs):
         tensors += _as_tensors(entries) if entries is not None else []

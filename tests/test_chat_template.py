@@ -71,12 +71,50 @@ def test_messages_that_a_template_refuses_are_refused(source: str, named: str) -
         _rendered(source)
 
 
-def test_templates_cannot_write_out_an_address() -> None:
-    with pytest.raises(PromptError, match="writes out a function"):
-        ChatTemplate("{{ messages.count }}", {}).render([], add_generation_prompt=True)
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages.count }}",
+        "{{ messages.count ~ '!' }}",
+        "{{ messages.count | string }}",
+        "{{ messages.count | string | upper }}",
+        "{{ [1, [messages.count]] }}",
+        "{{ {'a': messages.count} }}",
+        "{{ '%s' % messages.count }}",
+        "{{ '%s' | format(messages.count) }}",
+        "{{ messages | map(attribute='role') }}",
+        "{{ messages | map(attribute='role') ~ '' }}",
+        "{{ cycler('a', 'b') }}",
+        "{{ [cycler('a', 'b')] | join(' ') }}",
+        "{{ joiner(', ') | e }}",
+        "{{ raise_exception ~ '' }}",
+        "{{ messages | selectattr('role') | string | trim }}",
+    ],
+)
+def test_templates_cannot_write_out_an_address(source: str) -> None:
+    with pytest.raises(PromptError, match=r"writes out (something without a text|an address)"):
+        _rendered(source)
 
 
-@pytest.mark.parametrize("message", [{"role": "user"}, {"content": "x"}, {"role": "user", "content": None}])
+def test_an_address_in_a_message_is_text_like_any_other() -> None:
+    said = "<function f at 0x7f00dead> and its brother at 0X7F00BEEF>"
+    message = {"role": "user", "content": said}
+    source = "{{ messages[0].content | lower }} {{ '<g at 0x12>' }} {{ bos }}"
+    template = ChatTemplate(source, {"bos": "<s at 0x34>"})
+    want = f"{said.lower()} <g at 0x12> <s at 0x34>"
+    assert template.render([message], add_generation_prompt=True) == want
+
+
+def test_a_message_that_holds_an_object_is_refused() -> None:
+    message: Any = {"role": "user", "content": "x", "tools": [{"call": print}]}
+    with pytest.raises(PromptError, match="what JSON can hold"):
+        ChatTemplate("{{ messages[0].tools }}", {}).render([message], add_generation_prompt=True)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [{"role": "user"}, {"content": "x"}, {"role": "user", "content": None}, "user: x", None, ["user", "x"]],
+)
 def test_a_message_without_role_or_content_is_refused(message: Any) -> None:
     with pytest.raises(PromptError, match="a message that is not one"):
         ChatTemplate("{{ messages[0].role }}", {}).render([message], add_generation_prompt=True)

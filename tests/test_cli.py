@@ -8,13 +8,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from rich.console import Console
 
 from isobatch import LLM, Reply, SamplingParams, __version__, errors
-from isobatch.cli import checks, doctor, generate, main
+from isobatch.audit.experiment import Outcome
+from isobatch.cli import bench, checks, demo, doctor, generate, main
 from isobatch.config import EngineConfig
 from isobatch.kernels.catalogue import RECORDS
 from isobatch.models.locate import demo_weights
@@ -73,8 +75,9 @@ def test_help_and_version_end_well(option: str, said: str, capsys: pytest.Captur
         ("generate demo hi --temperature nan", "'temperature'"),
         ("generate demo hi --logprobs 1", "add --json"),
         ("generate demo hi --system x --no-chat", "leave out --no-chat"),
+        ("generate demo hi --kernels isobatch --set kernels=stock", "two kinds of kernels"),
         ("generate demo --file /no/such/file", "No such file"),
-        ("bench gpu", "unknown target 'gpu'"),
+        ("bench tpu", "unknown target 'tpu'"),
         ("doctor extra", "unexpected argument 'extra'; see isobatch doctor --help"),
     ],
 )
@@ -129,6 +132,47 @@ def test_reader_that_goes_away_is_no_error() -> None:
         process.stdout.close()
         assert "Traceback" not in process.stderr.read()
     assert process.returncode == 141
+
+
+def test_help_speaks_of_options_not_of_python(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--seed INT 0 to 2**64 - 1; without one it is drawn, and reported." in said
+    assert "--stop STR a string that ends the reply. One per option, which may be repeated." in said
+    for word in ("None", "tuple", "the engine"):
+        assert word not in said
+
+
+# Tables
+
+
+def test_outcome_of_the_demo_fits_80_columns() -> None:
+    outcome = Outcome(
+        requests=64, distinct=64, equal_to_alone=64, first_divergence=None, tokens=80_000, seconds=10.0,
+        preemptions=1234,
+    )  # fmt: skip
+    outcomes = {name: {"isobatch": outcome, "stock": outcome} for name in ("greedy", "sampled")}
+    console = Console(width=80, file=io.StringIO())
+    demo._print(console, outcomes, cast(Any, None), 2**64 - 1)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    for cells in (
+        ("kernels", "answers", "alone", "tokens/s", "recomputed"),
+        ("isobatch", "temperature 0", "64 of 64", "8000", "1234 times"),
+        (f"seed {2**64 - 1}",),
+    ):
+        assert any(all(cell in line for cell in cells) for line in lines), cells
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
+
+
+def test_figure_without_a_goal_has_none_in_the_table() -> None:
+    figure = {"what": "linear", "against": "torch", "unit": "x", "isobatch": 1, "other": 2, "ratio": 0.5}
+    for goal, said in ((0.0, "none"), (0.75, "0.75")):
+        console = Console(width=100, file=io.StringIO())
+        bench._print_cpu(console, {"figures": [figure | {"goal": goal}]})
+        line = console.file.getvalue().splitlines()[-2]  # type: ignore[attr-defined]
+        assert line.split()[-2] == said
 
 
 # generate
@@ -269,7 +313,7 @@ def test_doctor_passes_here(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert report["versions"]["torch"] == torch.__version__
     assert {"os", "cpu", "threads"} <= report["hardware"].keys()
     assert [check["name"] for check in report["checks"]] == [
-        "IEEE subnormal numbers",
+        "IEEE arithmetic",
         "golden digests",
         "bit classes",
     ]
@@ -317,15 +361,15 @@ def test_doctor_names_the_member_that_differs(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_flushed_subnormals_are_found() -> None:
-    assert checks.check_subnormals().ok
+    assert checks.check_arithmetic().ok
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush subnormal numbers")
     try:
-        check = checks.check_subnormals()
+        check = checks.check_arithmetic()
     finally:
         torch.set_flush_denormal(False)
     assert [failure.partition(";")[0] for failure in check.failures][:2] == [
         "the Python thread: subnormal numbers are taken for zero when read",
         "the Python thread: subnormal numbers are taken for zero when written",
     ]
-    assert checks.check_subnormals().ok
+    assert checks.check_arithmetic().ok

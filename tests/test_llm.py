@@ -28,6 +28,7 @@ from isobatch.errors import (
     TokenizerError,
     UnknownKeyError,
 )
+from isobatch.kernels.coding import CodedRows
 from tests.checkpoints import tiny_model, trained_bpe
 from tests.engine_harness import content, smollm2
 
@@ -306,7 +307,7 @@ def test_interruption_leaves_the_engine_clean(llm: LLM, op: str, call: int, erro
 def test_request_that_fails_on_the_way_raises_when_it_is_read(folder: Path) -> None:
     llm = LLM(folder, progress=False)
     token = llm.tokenizer.encode("Z")[0]
-    llm.engine.decoder.embedding.put(token, torch.full((1, 64), float("nan")))
+    llm.engine.decoder.embedding.put(token, CodedRows.of(torch.full((1, 64), float("nan"))))
     failed, fine = llm.generate(["Z", "a b"], PARAMS)
     assert isinstance(failed.error, NonFiniteLogitsError)
     with pytest.raises(NonFiniteLogitsError):

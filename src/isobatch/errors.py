@@ -19,7 +19,8 @@
     ├── KernelError
     │   ├── UnsupportedOpError(NotImplementedError)   no certified member for this input: refused, not guessed
     │   ├── ShapeError(ValueError)         an argument of the wrong shape, dtype or device
-    │   └── FloatEnvironmentError          the process computes otherwise than IEEE 754 says
+    │   ├── FloatEnvironmentError          the process computes otherwise than IEEE 754 says
+    │   └── ForkedProcessError             a child of fork(), where kernels have no threads
     ├── IntegrityError(AssertionError)     an internal invariant broke; a bug in isobatch
     ├── OutOfMemoryError(MemoryError)      with the arithmetic
     └── MissingDependencyError(ImportError)  names the extra to install
@@ -138,6 +139,10 @@ class ShapeError(KernelError, ValueError):
 
 class FloatEnvironmentError(KernelError):
     """The process computes otherwise than IEEE 754 says, so its bits would not be the promised ones."""
+
+
+class ForkedProcessError(KernelError):
+    """A process made by fork() after kernels had run: the threads they need are not in it."""
 
 
 class IntegrityError(IsobatchError, AssertionError):

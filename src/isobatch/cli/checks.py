@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from isobatch.kernels.bitclass import certify
 from isobatch.kernels.catalogue import RECORDS
-from isobatch.ops.environment import flushed_subnormals
+from isobatch.ops.environment import deviations
 from isobatch.ops.fingerprint import computed_digests, golden_digests
 
 Progress = Callable[[str], None]
@@ -34,12 +34,12 @@ class Check:
         return not self.failures
 
 
-def check_subnormals() -> Check:
-    """Whether subnormal numbers survive arithmetic, on this thread and on those that kernels run on.
+def check_arithmetic() -> Check:
+    """Whether this thread, and those that kernels run on, keep subnormal numbers and round to nearest.
 
     The golden digests would differ as well; this says why.
     """
-    return Check("IEEE subnormal numbers", "kept on every thread", flushed_subnormals())
+    return Check("IEEE arithmetic", "subnormals kept, rounding to nearest, on every thread", deviations())
 
 
 def check_digests(progress: Progress) -> Check:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -75,7 +74,6 @@ def run(arguments: argparse.Namespace) -> int:
     from isobatch.cli import results
     from isobatch.engine.sampling_params import SamplingParams
     from isobatch.errors import ConfigError
-    from isobatch.models.locate import demo_weights
 
     if arguments.copies < 2 or arguments.others < 0:
         got = f"{arguments.copies} and {arguments.others}"
@@ -85,11 +83,10 @@ def run(arguments: argparse.Namespace) -> int:
         "greedy": SamplingParams(temperature=0, max_tokens=length),
         "sampled": SamplingParams(temperature=1, max_tokens=length, seed=arguments.seed),
     }
-    model = str(demo_weights()) if arguments.model == "demo" else arguments.model
     console = Console(stderr=True)
     outcomes: dict[str, dict[str, Outcome]] = {name: {} for name in workloads}
     for kernels in _KERNELS:
-        llm = _load(model, kernels, arguments.chaos, console)
+        llm = _load(arguments.model, kernels, arguments.chaos, console)
         for name, params in workloads.items():
             outcomes[name][kernels] = _run_side(
                 llm, _load_of(llm, arguments, params), f"{kernels}, {name}", console
@@ -134,11 +131,10 @@ def _load_of(llm: LLM, arguments: argparse.Namespace, params: SamplingParams) ->
 
 def _run_side(llm: LLM, load: Load, what: str, console: Console) -> Outcome:
     from isobatch.audit import experiment
+    from isobatch.engine.progress import Bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(f"{what}: replies", total=load.copies + len(load.others))
-        return experiment.run(llm.engine, load, lambda done, _all: bar.update(task, completed=done))
+    with Bar(console, what, "replies") as bar:
+        return experiment.run(llm.engine, load, bar)
 
 
 def _kept(outcome: Outcome) -> bool:
@@ -197,17 +193,19 @@ def _report(
 def _print(
     console: Console, outcomes: dict[str, dict[str, Outcome]], tokenizer: Tokenizer, seed: int
 ) -> None:
-    table = Table(title=f"{_PROMPT!r}, many times under changing load")
-    table.add_column("")
-    titles = {"greedy": "temperature 0", "sampled": f"temperature 1, seed {seed}"}
+    titles = {"greedy": "temperature 0", "sampled": "temperature 1"}
     columns = [(name, kernels) for name in outcomes for kernels in _KERNELS]
+    # A row per run, and headings in two lines: four columns of runs would not fit a terminal of 80.
+    table = Table(
+        title=f"{_PROMPT!r}, many times under changing load", caption=f"temperature 1: with seed {seed}"
+    )
+    for heading in ("kernels", "", "different\nanswers", "as given\nalone", "tokens/s", "recomputed"):
+        table.add_column(heading, justify="left" if heading in ("kernels", "") else "right")
     for name, kernels in columns:
-        table.add_column(f"{kernels}\n{titles[name]}", justify="right")
-    cells = [outcomes[name][kernels] for name, kernels in columns]
-    table.add_row("different answers", *(str(o.distinct) for o in cells))
-    table.add_row("equal to the answer given alone", *(f"{o.equal_to_alone} of {o.requests}" for o in cells))
-    table.add_row("tokens per second", *(f"{o.tokens_per_s:.0f}" for o in cells))
-    table.add_row("preempted and recomputed", *(f"{o.preemptions} times" for o in cells))
+        o = outcomes[name][kernels]
+        same = f"{o.equal_to_alone} of {o.requests}"
+        speed = f"{o.tokens_per_s:.0f}"
+        table.add_row(kernels, titles[name], str(o.distinct), same, speed, f"{o.preemptions} times")
     console.print(table)
     for name, kernels in columns:
         parting = _parting(outcomes[name][kernels], tokenizer)

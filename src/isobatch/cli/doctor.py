@@ -71,15 +71,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _checked(*, quick: bool) -> list[Check]:
-    from isobatch.cli.checks import check_digests, check_members, check_subnormals
+    from isobatch.cli.checks import check_arithmetic, check_digests, check_members
 
     with Console(stderr=True).status("") as status:
 
         def progress(what: str) -> None:
             status.update(f"checking {what}; the first run on a machine compiles, which takes a minute")
 
-        progress("subnormal numbers")
-        checks = [check_subnormals(), check_digests(progress)]
+        progress("IEEE arithmetic")
+        checks = [check_arithmetic(), check_digests(progress)]
         if not quick:
             checks.append(check_members(progress))
     return checks

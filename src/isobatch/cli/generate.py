@@ -21,6 +21,14 @@ if TYPE_CHECKING:
     from isobatch.engine.output import Reply
 
 _REQUEST_FAILED = 2
+# Where the words of the docstring are for Python programs.
+_HELP = {
+    "seed": "0 to 2**64 - 1; without one it is drawn, and reported.",
+    "stop": "a string that ends the reply.",
+    "stop_token_ids": "the id of a token that ends the reply.",
+    "logprobs": "how many top log-probabilities come with each chosen token's own, 0 to 20; needs --json.",
+    "prompt_logprobs": "the same for each prompt token; such a request makes no use of cached prefixes.",
+}
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
@@ -101,8 +109,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _add_sampling_options(group: argparse._ArgumentGroup) -> None:
-    """An option per field of SamplingParams, with the words of its docstring."""
-    types, texts = get_type_hints(SamplingParams), _described(SamplingParams)
+    """An option per field of SamplingParams, with the words of its docstring or of _HELP."""
+    types, texts = get_type_hints(SamplingParams), _described(SamplingParams) | _HELP
     for field in fields(SamplingParams):
         option, kind = "--" + field.name.replace("_", "-"), types[field.name]
         text = texts.get(field.name, "").replace("%", "%%")
@@ -133,8 +141,10 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
         if not separator:
             raise ConfigError("bad --set", expected="KEY=VALUE", got=repr(pair))
         settings[key] = _value(text)
-    if arguments.kernels is not None:
-        settings["kernels"] = arguments.kernels
+    asked = arguments.kernels
+    if asked is not None and settings.setdefault("kernels", asked) != asked:
+        got = f"--kernels {asked} and --set kernels={settings['kernels']}"
+        raise ConfigError("two kinds of kernels", got=got, fix="leave one of them out")
     return settings
 
 
@@ -166,7 +176,6 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
 def _load(model: str, config: EngineConfig) -> LLM:
     from isobatch.cli.machine import kernel_cache
     from isobatch.engine.llm import LLM
-    from isobatch.models.locate import demo_weights
 
     if config.kernels == "stock":
         print(
@@ -175,7 +184,7 @@ def _load(model: str, config: EngineConfig) -> LLM:
         )
     elif not kernel_cache()["compiled"]:
         print("isobatch: compiling kernels: the first run takes a minute longer", file=sys.stderr)
-    return LLM(demo_weights() if model == "demo" else model, config)
+    return LLM(model, config)
 
 
 def _chat_ids(llm: LLM, system: str | None, prompt: str) -> list[int]:

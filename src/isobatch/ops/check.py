@@ -17,7 +17,7 @@ def floats(op: str, name: str, tensor: torch.Tensor, *shape: int | None) -> None
         UnsupportedOpError: another dtype or device, for which no member is certified.
         ShapeError: another shape.
     """
-    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+    if tensor.dtype is not torch.float32 or not tensor.is_cpu:
         raise UnsupportedOpError(
             f"{op}: no certified kernel for {name}",
             expected="torch.float32 on cpu",
@@ -27,26 +27,29 @@ def floats(op: str, name: str, tensor: torch.Tensor, *shape: int | None) -> None
     _shape(op, name, tensor, shape)
 
 
-def integers(op: str, name: str, tensor: torch.Tensor, *shape: int | None, below: int) -> None:
-    """Checks an int64 CPU tensor of a shape, None matching any length, of indices from 0 to below - 1.
+def integers(op: str, name: str, tensor: torch.Tensor, length: int | None, below: int) -> None:
+    """Checks an int64 CPU vector of a length, None matching any, of indices from 0 to below - 1.
 
     Raises:
         ShapeError: another dtype, device or shape; or an index that would have a kernel read past the end.
     """
-    if tensor.dtype != torch.int64 or tensor.device.type != "cpu":
+    if tensor.dtype is not torch.int64 or not tensor.is_cpu:
         got = f"{tensor.dtype} on {tensor.device}"
         raise ShapeError(f"{op}: wrong kind of {name}", expected="torch.int64 on cpu", got=got)
-    _shape(op, name, tensor, shape)
-    if tensor.numel():
-        low, high = (int(bound) for bound in torch.aminmax(tensor))
+    _shape(op, name, tensor, (length,))
+    indices = tensor.tolist()  # of the few rows of most steps, Python finds the range sooner than torch
+    if indices:
+        low, high = min(indices), max(indices)
         if low < 0 or high >= below:
             raise ShapeError(f"{op}: {name} out of range", expected=f"0..{below - 1}", got=f"{low}..{high}")
 
 
 def _shape(op: str, name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:
-    fits = len(shape) == tensor.dim() and all(
-        want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
-    )
+    have = tensor.shape
+    # A plain loop: a step makes hundreds of these checks, and a generator costs more than a small kernel.
+    fits = len(shape) == len(have)
+    for i in range(len(shape) if fits else 0):
+        fits = fits and (shape[i] is None or shape[i] == have[i])
     if not fits:
         expected = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
         raise ShapeError(f"{op}: wrong shape of {name}", expected=expected, got=list(tensor.shape))

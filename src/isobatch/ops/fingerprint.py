@@ -33,12 +33,17 @@ def golden_digests() -> dict[str, str]:
 def computed_digests(progress: Callable[[str], None] = lambda _name: None) -> dict[str, str]:
     """The same digests, computed on this machine by the production members.
 
+    Variants whose weight is coded have none: a coded weight has no bits of its own to pin down, only those of
+    the widened one, to which certification holds it on each machine (`OpRecord.coded`).
+
     Args:
         progress: told each name before it is computed.
     """
     computed = {}
     for record in RECORDS.values():
         for variant in record.variants:
+            if variant in record.coded:
+                continue
             name = f"{record.name}/{variant}"
             progress(name)
             case = record.draw(f"golden/{name}", 37, variant)

@@ -17,6 +17,7 @@ from isobatch.errors import ShapeError
 from isobatch.kernels.attention.cpu import write_kv
 from isobatch.kernels.attention.stock import write_kv as stock_write_kv
 from isobatch.kernels.catalogue import RECORDS
+from isobatch.kernels.coding import Coding
 from isobatch.kernels.cpu.layout import CPU
 from isobatch.kernels.layout import PAGE, Cache, Layout, PagedRows, Weight
 from isobatch.kernels.log_probs.cpu import TopLogProbs
@@ -59,9 +60,12 @@ class Ops:
             observer(op, arguments, result)
         return result
 
-    def weight(self, outputs: int, inputs: int) -> Weight:
-        """An empty weight [outputs, inputs] in the layout of these kernels, to be filled by `put`."""
-        return self._layout.weight.empty(outputs, inputs)
+    def weight(self, outputs: int, inputs: int, coding: Coding) -> Weight:
+        """An empty weight [outputs, inputs] in the layout of these kernels, to be filled by `put`.
+
+        Stock kernels have it widened; ours keep it in its coding, which changes no bit.
+        """
+        return self._layout.weight.empty(outputs, inputs, coding)
 
     def kv_cache(self, blocks: int, kv_heads: int, head_size: int) -> Cache:
         """An empty cache for one layer, of blocks of 16 tokens.
@@ -134,7 +138,7 @@ class Ops:
         Determinism:
             Row t depends on row t of the inputs alone (kernels/rms_norm/cpu.py).
         """
-        check.floats("rms_norm", "x", x, None, len(weight))
+        check.floats("rms_norm", "x", x, None, *weight.shape)
         check.floats("rms_norm", "weight", weight, None)
         if residual is not None:
             check.floats("rms_norm", "residual", residual, *x.shape)
@@ -163,7 +167,7 @@ class Ops:
         """
         check.floats("rotary", "cos", cos, None, None)
         check.floats("rotary", "x", x, None, None, 2 * cos.shape[1])
-        check.integers("rotary", "positions", positions, len(x), below=len(cos))
+        check.integers("rotary", "positions", positions, x.shape[0], below=cos.shape[0])
         check.floats("rotary", "sin", sin, *cos.shape)
         return cast(torch.Tensor, self._run("rotary", x=x, positions=positions, cos=cos, sin=sin))
 
