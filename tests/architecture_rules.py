@@ -81,8 +81,11 @@ def rows(sources: Texts) -> list[str]:
 # Where an op's folder is seen from outside it, and why. An entry that nothing needs is a complaint too.
 NEIGHBOURS = {
     ("kernels/catalogue.py", "*"),  # lists all records
+    ("kernels/gpu/catalogue.py", "*"),  # likewise, of the GPU
     ("kernels/cpu/layout.py", "linear"),  # the layout of weights is linear's
     ("kernels/cpu/layout.py", "attention"),  # and that of caches attention's
+    ("kernels/qkv/gpu_record.py", "rms_norm"),  # the fused kernel is certified against the separate ones
+    ("kernels/qkv/gpu_record.py", "rotary"),
     ("kernels/embedding/cpu.py", "linear"),  # tied weights are stored once, in linear's panels
 }
 
@@ -146,6 +149,11 @@ BANS = (
     Ban(r"torch\.(set_\w+|use_deterministic_algorithms|backends.*)", "a setting of the whole process"),
     Ban(r"numba\.set_num_threads", "a setting of the whole process", spared="kernels/cpu/jit.py"),
     Ban(r"triton\.(.*\.)?autotune", "a tile picked by a stopwatch"),
+    Ban(
+        r"triton\.language\.atomic_\w+",
+        "who comes first is added first",
+        spared="kernels/sampling/triton.py",  # takes places in a list that is searched whole, in no order
+    ),
     Ban(r"(time|datetime)\..*", "no number may depend on the time", within=NUMBERS),
     Ban(rf"(math|numpy)\.({LIBM})", "libm's last bit is the machine's", within=OURS, constants=True),
     Ban(rf"(torch|numpy)\.({SUMS})", "a library sums in its own order", within=OURS),
@@ -326,7 +334,9 @@ def names(documents: Texts) -> list[str]:
 @cache
 def _commands() -> dict[str, set[str]]:
     """Subcommands of isobatch, with their options."""
-    table = re.search(r"^_COMMANDS.*?= (\{.*?\})$", SOURCE["src/isobatch/cli/main.py"], flags=re.MULTILINE)
+    table = re.search(
+        r"^_COMMANDS.*?= (\{.*?\})$", SOURCE["src/isobatch/cli/main.py"], flags=re.MULTILINE | re.DOTALL
+    )
     assert table is not None
     options = {}
     for name in re.findall(r'"(\w+)":', table[1]):

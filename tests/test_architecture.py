@@ -72,6 +72,7 @@ BANNED = [
     (HERE, "import torch\ntorch.backends.mkldnn.enabled = False", "a setting of the whole process"),
     (HERE, "import numba\nnumba.set_num_threads(1)", "a setting of the whole process"),
     (HERE, "import triton\n@triton.autotune([])\ndef f(): ...", "a stopwatch"),
+    (HERE, "import triton.language as tl\ntl.atomic_add(p, x)", "who comes first"),
     (HERE, "from time import time as t\nt()", "the time"),
     (HERE, "import torch\ntorch.softmax(x, -1)", "a library's own bits"),
     (HERE, "import torch\ntorch.argmax(x)", "breaks ties its own way"),

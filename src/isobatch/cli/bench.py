@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="measure speed against transformers and torch's own kernels; bits are checked first",
         description="Checks the bits, then measures; a red gate prints no number. Needs the extra [bench].",
     )
-    parser.add_argument("target", choices=("cpu",), help="what to measure on")
+    parser.add_argument("target", choices=("cpu", "gpu"), help="what to measure on")
     parser.add_argument("--model", default="demo", help="SmolLM2-135M-Instruct by default; a .gguf file")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side; medians count (default 3)")
     parser.add_argument("--out", type=Path, help=f"results file (default {_RESULTS}/TARGET.json)")
@@ -38,45 +39,78 @@ def run(arguments: argparse.Namespace) -> int:
         MissingDependencyError: transformers is not installed.
         ConfigError: repeats below 1.
     """
-    from isobatch.cli import bench_cpu, results
+    from isobatch.cli import results
     from isobatch.errors import ConfigError
-    from isobatch.models.locate import demo_weights
 
     if arguments.repeats < 1:
         raise ConfigError("bench: bad --repeats", expected="1 or more", got=arguments.repeats)
-    model = demo_weights() if arguments.model == "demo" else Path(arguments.model)
     console = Console(stderr=True)
     with console.status("checking the bits") as status:
-        failures = bench_cpu.gate(model)
-        if failures:
-            for failure in failures:
-                console.print(failure, style="red", markup=False)
-            if arguments.json:
-                print(json.dumps({"gate": failures}))
-            return _RED_GATE
-        figures = bench_cpu.measure(model, arguments.repeats, status.update)
-    report: dict[str, Any] = {"gate": "green", "figures": figures}
+        report = _gpu(status.update) if arguments.target == "gpu" else _cpu(arguments, status.update)
+    if failures := report.get("failures"):
+        for failure in failures:
+            console.print(failure, style="red", markup=False)
+        if arguments.json:
+            print(json.dumps({"gate": failures}))
+        return _RED_GATE
     path = arguments.out or _RESULTS / f"{arguments.target}.json"
     results.write(path, report)
-    _print(Console(stderr=arguments.json), figures)
+    (_print_gpu if arguments.target == "gpu" else _print_cpu)(Console(stderr=arguments.json), report)
     console.print(f"kept in {path}")
     if arguments.json:
         print(json.dumps(report))
     return 0
 
 
-def _print(console: Console, figures: list[dict[str, Any]]) -> None:
+def _cpu(arguments: argparse.Namespace, progress: Callable[[str], None]) -> dict[str, Any]:
+    from isobatch.cli import bench_cpu
+    from isobatch.models.locate import demo_weights
+
+    model = demo_weights() if arguments.model == "demo" else Path(arguments.model)
+    if failures := bench_cpu.gate(model):
+        return {"failures": failures}
+    return {"gate": "green", "figures": bench_cpu.measure(model, arguments.repeats, progress)}
+
+
+def _gpu(progress: Callable[[str], None]) -> dict[str, Any]:
+    from isobatch.errors import MissingDependencyError, UnsupportedOpError
+
+    try:
+        from isobatch.cli import bench_gpu
+        from isobatch.kernels.gpu.device import INTERPRETED, device
+    except ImportError as error:
+        raise MissingDependencyError("Triton is not installed", fix="pip install isobatch[gpu]") from error
+    device()
+    if INTERPRETED:
+        raise UnsupportedOpError("the interpreter's times say nothing", fix="unset TRITON_INTERPRET")
+    if failures := bench_gpu.gate(progress):
+        return {"failures": failures}
+    return {"gate": "green", **bench_gpu.measure(progress)}
+
+
+def _print_cpu(console: Console, report: dict[str, Any]) -> None:
     table = Table(title="isobatch on the CPU; ratio above 1: isobatch is better")
     for heading in ("", "unit", "isobatch", "other side", "ratio", "goal"):
         table.add_column(heading, justify="left" if heading in ("", "unit") else "right")
-    for figure in figures:
-        met = figure["ratio"] >= figure["goal"]
+    for figure in report["figures"]:
+        goal = figure["goal"]  # 0 for none
+        color = "default" if not goal else "green" if figure["ratio"] >= goal else "red"
         table.add_row(
             f"{figure['what']} against {figure['against']}",
             figure["unit"],
             f"{figure['isobatch']:.1f}",
             f"{figure['other']:.1f}",
-            f"[{'green' if met else 'red'}]{figure['ratio']:.2f}[/]",
-            f"{figure['goal']:.2f}",
+            f"[{color}]{figure['ratio']:.2f}[/]",
+            f"{goal:.2f}" if goal else "none",
         )
+    console.print(table)
+
+
+def _print_gpu(console: Console, report: dict[str, Any]) -> None:
+    table = Table(title="isobatch on the GPU")
+    for heading in ("", "value", "goal"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for goal in report["goals"]:
+        color = "green" if goal["met"] else "red"
+        table.add_row(goal["what"], f"[{color}]{goal['value']:.3f}[/]", f"{goal['goal']:.2f}")
     console.print(table)

@@ -20,6 +20,7 @@ from isobatch.engine.memory import weight_bytes
 from isobatch.engine.output import Reply
 from isobatch.engine.sampling_params import SamplingParams
 from isobatch.errors import IntegrityError, MissingDependencyError
+from isobatch.kernels.coding import CodedRows
 from isobatch.kernels.data import floats
 from isobatch.kernels.linear.weight import PackedWeight
 from isobatch.models.checkpoint import open_checkpoint
@@ -114,7 +115,7 @@ def _linear(rows: int, goal: float, repeats: int) -> dict[str, Any]:
     ours_total = torch_total = operations = 0.0
     for outputs, inputs in _SHAPES:
         x, w = floats("bench/x", rows, inputs, kind="plain"), floats("bench/w", outputs, inputs, kind="plain")
-        packed = PackedWeight.pack(w)
+        packed = PackedWeight.pack(CodedRows.of(w))
         if not bits_equal(ops.linear(x, packed)[:1], ops.linear(x[:1], packed)):
             raise IntegrityError(f"linear {outputs} x {inputs}: a row alone differs from the row in a batch")
         ours, torchs = _seconds(

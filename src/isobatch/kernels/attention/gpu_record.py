@@ -1,0 +1,180 @@
+"""Attention's record on the GPU: the CPU's cases in the GPU's dtypes, over caches that start out as
+garbage."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from isobatch.errors import IsobatchError
+from isobatch.kernels.attention import stock, triton
+from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
+from isobatch.kernels.attention.gpu_serve import Attention, serve
+from isobatch.kernels.attention.record import AttentionCase
+from isobatch.kernels.attention.triton import Tile, attention_row, attention_tiled, write_kv
+from isobatch.kernels.bitclass import Verdict, certify
+from isobatch.kernels.data import floats, integers
+from isobatch.kernels.gpu.device import INTERPRETED, device, dtypes
+from isobatch.kernels.layout import PAGE, Layout, PagedRows
+from isobatch.kernels.registry import Member, OpRecord, Outputs, Reordering
+from isobatch.kernels.stock import STOCK, DenseCache, DenseWeight
+
+GPU_ATTENTION = Layout(weight=DenseWeight, cache=GpuKVCache)
+_DTYPES = {
+    str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp"): dtype
+    for dtype in dtypes()
+}
+_SHAPES = (
+    {"grouped": (2, 1, 16)}
+    if INTERPRETED
+    else {"grouped": (8, 2, 128), "small head": (6, 2, 64), "odd head": (10, 2, 96), "wide head": (4, 2, 256)}
+)
+_LENGTH = 256 if INTERPRETED else 768
+
+
+class GpuAttentionCase(AttentionCase):
+    """As on the CPU, with q, k and v in a GPU dtype on the device."""
+
+    __slots__ = ()
+
+    def call(self, member: Member) -> Outputs:
+        """Fills a paged cache and attends."""
+        chunks = self._chunks()
+        pages = -(-self.q.shape[1] // PAGE)
+        total = len(chunks) * pages + 3
+        order = random.Random(self.shuffle).sample(range(total), total)
+        tables = torch.tensor(order[: len(chunks) * pages], dtype=torch.int32).reshape(-1, pages).to(device())
+        kv_heads, D = self.k.shape[2:]
+        dense = member.layout is STOCK
+        cache: Any
+        if dense:
+            cache = DenseCache(
+                *(torch.zeros(total, PAGE, kv_heads, D, dtype=self.q.dtype, device=device()) for _ in "kv")
+            )
+        else:
+            cache = GpuKVCache.empty(total, kv_heads, D, self.q.dtype)
+            fill = self.fill if math.isnan(self.fill) else min(self.fill, torch.finfo(self.q.dtype).max)
+            cache.k.fill_(fill)
+            cache.v.fill_(fill)
+        starts, lengths = [0], []
+        for chunk, table in zip(chunks, tables, strict=True):
+            request, last = chunk[-1]
+            at = torch.arange(last + 1, device=device())
+            slots = table[at // PAGE].long() * PAGE + at % PAGE
+            keys, values = self.k[request, : last + 1], self.v[request, : last + 1]
+            (stock.write_kv if dense else write_kv)(keys, values, cache, PagedRows(at, at, at, slots))
+            starts.append(starts[-1] + len(chunk))
+            lengths.append(last + 1)
+        rows = GpuPagedRows(
+            GpuPagedRows.upload(starts),
+            GpuPagedRows.upload(lengths),
+            tables,
+            slots,
+            tuple(b - a for a, b in pairwise(starts)),
+            tuple(lengths),
+        )
+        q = torch.stack([self.q[request, position] for request, position in self.queries])
+        return (member.function(q=q, cache=cache, rows=rows, scale=1 / math.sqrt(D)),)
+
+
+def draw(name: str, rows: int, variant: str) -> GpuAttentionCase:
+    """Chunks of three requests that end on both sides of page and block edges, and decode rows."""
+    shape, dtype = variant.split("/")
+    H, Hkv, D = _SHAPES[shape]
+    queries: list[tuple[int, int]] = []
+    ends = [e for e in (1, 16, 17, 127, 128, 129, 255, 256, 257, 513, 640) if e < _LENGTH] + [_LENGTH]
+    for i, pick in enumerate(integers(f"{name}/ends", rows, len(ends)).tolist()):
+        if len(queries) >= rows:
+            break
+        stop = ends[pick]
+        size = (1, 40, 1, 500)[i % 4]
+        queries += [(i % 3, p) for p in range(max(0, stop - size), stop)]
+
+    # Whatever is drawn, one row sees all the keys: on few keys two orders may agree.
+    queries = [*queries[len(queries) - rows + 1 :], (2, _LENGTH - 1)]
+    return GpuAttentionCase(tuple(queries), *numbers(name, 3, _LENGTH, H, Hkv, D, _DTYPES[dtype]))
+
+
+def numbers(
+    name: str, requests: int, length: int, H: int, Hkv: int, D: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values whose blocks cancel one another, so that sixteen bits still show an order.
+
+    A key is that of 128 places before, and its value nearly the negative: what is left of a sum is rounding.
+    """
+    q = floats(f"{name}/q", requests, length, H, D, kind="plain")
+    k = floats(f"{name}/k", requests, length, Hkv, D, kind="plain")
+    v = floats(f"{name}/v", requests, length, Hkv, D)
+    for at in range(128, length):
+        k[:, at] = k[:, at - 128]
+        v[:, at] = -v[:, at - 128] * (1 + 2.0**-10)
+    return q.to(device(), dtype), k.to(device(), dtype), v.to(device(), dtype)
+
+
+def reorder(case: GpuAttentionCase) -> Reordering:
+    """Keys and values rolled by one place: only a last position sees the same set before and after."""
+    last = replace(case, queries=tuple((r, _LENGTH - 1) for r in range(len(case.q))))
+    return Reordering(last, replace(last, k=case.k.roll(1, 1), v=case.v.roll(1, 1)))
+
+
+def _tiled(tile: Tile) -> Any:
+    def run(q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float) -> torch.Tensor:
+        return attention_tiled(q, cache, rows, scale, tile=tile)
+
+    return run
+
+
+ATTENTION_GPU = OpRecord(
+    name="attention",
+    order=triton.__doc__ or "",
+    free_axes=("rows", "requests", "context", "blocks"),
+    fixed_axes=("H", "Hkv", "D", "scale"),
+    members=(
+        Member("row", attention_row, GPU_ATTENTION),
+        Member("sixteen", _tiled(Tile(16, 1, 1, packed=False)), GPU_ATTENTION),
+        Member("tiles", Attention(decode="tiles", chunk="tiles"), GPU_ATTENTION),
+        Member("down, gathered", Attention(decode="down", chunk="gathered"), GPU_ATTENTION),
+        Member("phases", Attention(decode="phases"), GPU_ATTENTION),
+        Member("serve", serve, GPU_ATTENTION),
+    ),
+    production="serve",
+    stock=Member("torch", stock.attention, STOCK),
+    reference=stock.attention_ref,
+    draw=draw,
+    variants=tuple(f"{shape}/{dtype}" for shape in _SHAPES for dtype in _DTYPES),
+    thresholds=(2, 16) if INTERPRETED else (16, 40, 128, 512),
+    reorder=reorder,
+)
+
+
+def certify_library(H: int, kv_heads: int, head_size: int, dtype: torch.dtype) -> Verdict:
+    """Whether cuDNN, as it is on this machine, gives the canonical bits for a model's heads.
+
+    Args:
+        H: heads.
+        kv_heads: key/value heads.
+        head_size: D.
+        dtype: bf16 or fp16.
+
+    Returns:
+        The verdict; `Attention(library=verdict.member)` is what may serve. Its reason is in `refuted_by`.
+
+    Determinism:
+        The inputs are a function of the arguments; the same on every machine.
+    """
+
+    def prompts(_name: str, rows: int, _variant: str) -> GpuAttentionCase:
+        parts = numbers(f"library/{rows}", 1, rows, H, kv_heads, head_size, dtype)
+        return GpuAttentionCase(tuple((0, p) for p in range(rows)), *parts)
+
+    record = replace(ATTENTION_GPU, draw=prompts, variants=("prompts",), reorder=None)
+    library = Member("library", Attention(chunk="library"), GPU_ATTENTION)
+    try:
+        return certify(record, library, (2, 77, 128, 641, 1024))
+    except (RuntimeError, IsobatchError) as error:
+        return Verdict("attention", "library", False, 0, f"{type(error).__name__}: {error}")

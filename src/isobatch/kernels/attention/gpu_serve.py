@@ -1,0 +1,158 @@
+"""Which member serves, by a written rule over plain ints: query counts, context lengths, number of requests.
+
+The rule can be wrong about speed and cannot be wrong about bits, because whatever it picks is certified.
+Figures
+behind it: one H200, 32 heads over 8, head size 128, bf16.
+
+Decode, by programs = requests x key/value heads:
+- few programs and long contexts: the three phases, which share one request's keys among programs;
+- up to two programs per multiprocessor: keys down the tile, a deep pipeline, one program per multiprocessor;
+- more: sixteen rows, a shallow pipeline, so that several programs share a multiprocessor.
+Chunks, by queries:
+- a fresh prompt of 512 tokens or more: the library, where it is certified;
+- 1,024 queries or more: keys copied out of their pages and read by the bulk copy engine;
+- otherwise tiles of 128 rows over the pages, or of 64 where that holds the whole chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from isobatch.kernels.attention.cudnn import attention_cudnn
+from isobatch.kernels.attention.gather import gather
+from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
+from isobatch.kernels.attention.triton import Tile, attention_contiguous, attention_tiled
+from isobatch.kernels.attention.triton_decode import Down, attention_down
+from isobatch.kernels.attention.triton_phases import Phases, attention_phases
+from isobatch.kernels.gpu.device import multiprocessors
+
+_WIDE = 128  # beyond this head size one block of keys and values fills half a multiprocessor
+_LIBRARY_QUERIES = 512
+_GATHER_QUERIES = 1024
+_PHASES_CONTEXT = 4096
+_PHASES_PROGRAMS = 32
+
+Decode = Literal["tiles", "down", "phases"]
+Chunk = Literal["tiles", "gathered", "library"]
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Paged causal attention; callable like the CPU's launcher.
+
+    Args:
+        library: whether cuDNN is certified for the model's heads and dtype (`gpu_record.certify_library`).
+        decode: the member for single queries; None leaves it to the rule.
+        chunk: the member for chunks; None leaves it to the rule.
+    """
+
+    library: bool = False
+    decode: Decode | None = None
+    chunk: Chunk | None = None
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        cache: GpuKVCache,
+        rows: GpuPagedRows,
+        scale: float,
+        key: torch.Tensor | None = None,
+        value: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Causal grouped-query attention over paged keys and values.
+
+        Args:
+            q: bf16 or fp16 [T, H, D], on the device, D contiguous.
+            cache: of the layer, with this step's own keys and values already written.
+            rows: whose queries these are.
+            scale: of the scores, positive.
+            key: the step's own keys [T, Hkv, D], which spare a copy out of the cache for fresh prompts; or
+            None.
+            value: likewise.
+
+        Returns:
+            Like q, contiguous. A padded request's row, of context length 0, is zero.
+
+        Determinism:
+            Row t depends on its query and on its request's keys and values up to its position.
+        """
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if rows.decodes:
+            self._decode(q, cache, rows, scale, out)
+        waiting: dict[Chunk, list[int]] = {}
+        for r in rows.chunks:
+            waiting.setdefault(self.chunk_member(rows.queries[r], rows.contexts[r]), []).append(r)
+        for member, requests in waiting.items():
+            self._chunks(member, q, cache, rows, scale, tuple(requests), out, key, value)
+        return out
+
+    def chunk_member(self, queries: int, context: int) -> Chunk:
+        """The member for a chunk of `queries` tokens that ends at `context`."""
+        if self.chunk is not None and (self.chunk != "library" or queries == context):
+            return self.chunk
+        if self.library and queries == context and queries >= _LIBRARY_QUERIES:
+            return "library"
+        return "gathered" if queries >= _GATHER_QUERIES else "tiles"
+
+    def decode_member(self, requests: int, kv_heads: int, group: int, head_size: int, context: int) -> Decode:
+        """The member for single queries of this many requests, whose contexts are at most `context`."""
+        if group > 16:
+            return "tiles"
+        if self.decode is not None:
+            return self.decode
+        programs = requests * kv_heads
+        if programs <= _PHASES_PROGRAMS and context >= _PHASES_CONTEXT:
+            return "phases"
+        return "down" if programs <= 2 * multiprocessors() and head_size <= _WIDE else "tiles"
+
+    def _decode(
+        self, q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float, out: torch.Tensor
+    ) -> None:
+        chosen, kv_heads, D = rows.decodes, cache.k.shape[1], cache.k.shape[3]
+        context = max(rows.contexts[r] for r in chosen)
+        member = self.decode_member(len(chosen), kv_heads, q.shape[1] // kv_heads, D, context)
+        if member == "phases":
+            attention_phases(q, cache, rows, scale, phases=Phases(), chosen=chosen, out=out)
+        elif member == "down":
+            down = Down(4, 3 if D <= _WIDE else 1)
+            attention_down(q, cache, rows, scale, down=down, chosen=chosen, out=out)
+        else:
+            tile = Tile(16, 2 if context <= 256 else 4, 2 if D <= _WIDE else 1, packed=True)
+            attention_tiled(q, cache, rows, scale, tile=tile, chosen=chosen, out=out)
+
+    def _chunks(
+        self,
+        member: Chunk,
+        q: torch.Tensor,
+        cache: GpuKVCache,
+        rows: GpuPagedRows,
+        scale: float,
+        chosen: tuple[int, ...],
+        out: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+    ) -> None:
+        wide = cache.k.shape[3] > _WIDE
+        if member == "tiles":
+            rows_of_q = max(rows.queries[r] for r in chosen) * (q.shape[1] // cache.k.shape[1])
+            small = Tile(64, 8, 1, packed=True) if wide else Tile(64, 4, 2, packed=True)
+            tile = small if wide or rows_of_q <= 64 else Tile(128, 8, 3, packed=True)
+            attention_tiled(q, cache, rows, scale, tile=tile, chosen=chosen, out=out)
+            return
+        fresh = all(rows.queries[r] == rows.contexts[r] for r in chosen)
+        begins: tuple[int, ...] = rows.begins
+        origins = rows.query_starts
+        if key is None or value is None or not fresh:
+            key, value, begins, origins = gather(cache, rows, chosen)
+        if member == "library":
+            attention_cudnn(q, key, value, begins, rows, scale, chosen=chosen, out=out)
+        else:
+            tile = Tile(128, 8, 1 if wide else 3, packed=True)
+            attention_contiguous(q, key, value, origins, rows, scale, tile=tile, chosen=chosen, out=out)
+
+
+serve = Attention()
+"""The rule without the library, which is a member only once it is certified."""

@@ -1,0 +1,152 @@
+"""Decode of one query per request with keys running down the tile, in the order of `triton.py`.
+
+The heads of a group are few, the keys of a block many: with the products turned round (k q^T and v^T p^T) the
+tensor core's tall side holds keys, then columns, and nothing is padded from 4 heads to 16 rows. On Hopper
+both
+products then are warp-group instructions that read keys and values straight from shared memory.
+
+Shape letters: R requests, H heads, Hkv key/value heads, G = H / Hkv, HEADS = G padded, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
+from isobatch.kernels.attention.triton import exponent_scale
+from isobatch.kernels.attention.triton_steps import (
+    PAGE,
+    SPAN,
+    lane_sums_down,
+    page_rows,
+    pages_of,
+    product,
+    row_total,
+)
+from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
+
+
+@triton.jit
+def _decode_blocks(
+    acc, m, lanes, q, k, v, table, group, begin, end, context, block_stride, c,
+    D: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, MASK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    inside = (tl.arange(0, WIDTH) < D)[None, :]
+    pages = pages_of(table, begin, context)
+    for start in tl.range(begin, end, SPAN, num_stages=STAGES):
+        seen = (start + tl.arange(0, SPAN) < context)[:, None]
+        at = page_rows(pages, block_stride, group * (PAGE * D), D, 0, WIDTH)
+        pages = pages_of(table, start + SPAN, context)
+        if WIDTH == D:
+            kj = tl.load(k + at)
+        else:
+            kj = tl.load(k + at, mask=inside, other=0.0)
+        x = mul(product(kj, tl.trans(q), None), tl.full((SPAN, HEADS), 0.0, tl.float32) + c)
+        if MASK:
+            x = tl.where(seen, x, float("-inf"))
+        top = tl.maximum(m, tl.max(x, 0))
+        p = ex2(sub(x, tl.broadcast_to(top[None, :], (SPAN, HEADS))))
+        alpha = ex2(sub(m, top))
+        m = top
+        if MASK:
+            vj = tl.load(v + at, mask=seen & inside, other=0.0)
+        elif WIDTH == D:
+            vj = tl.load(v + at)
+        else:
+            vj = tl.load(v + at, mask=inside, other=0.0)
+        acc = product(tl.trans(vj), p.to(v.dtype.element_ty), acc * alpha[None, :])
+        lanes = fma(lanes, tl.broadcast_to(alpha[:, None], (HEADS, 4)), lane_sums_down(p, HEADS))
+    return acc, m, lanes
+
+
+@triton.jit
+def _decode_kernel(
+    q, k, v, out, query_starts, context_lengths, block_tables, requests, c,
+    q_row, q_head, out_row, table_row,
+    block_stride: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Axes: key/value head, request."""
+    group, request = tl.program_id(0), tl.program_id(1)
+    if requests is not None:
+        request = tl.load(requests + request)
+    context = tl.load(context_lengths + request)
+    row = tl.load(query_starts + request).to(tl.int64)
+    if tl.load(query_starts + request + 1) <= row:
+        return
+    h, d = tl.arange(0, HEADS), tl.arange(0, WIDTH)
+    at = row * q_row + ((group * G + h) * q_head)[:, None] + d[None, :]
+    qs = tl.load(q + at, mask=(h < G)[:, None] & (d < D)[None, :], other=0.0)
+    table = block_tables + request.to(tl.int64) * table_row
+    acc = tl.zeros((WIDTH, HEADS), tl.float32)
+    m = tl.full((HEADS,), float("-inf"), tl.float32)
+    lanes = tl.zeros((HEADS, 4), tl.float32)
+    if context > 0:
+        whole = context // SPAN * SPAN
+        acc, m, lanes = _decode_blocks(
+            acc, m, lanes, qs, k, v, table, group, 0, whole, context, block_stride, c,
+            D, WIDTH, HEADS, False, STAGES,
+        )  # fmt: skip
+        acc, m, lanes = _decode_blocks(
+            acc, m, lanes, qs, k, v, table, group, whole, context, context, block_stride, c,
+            D, WIDTH, HEADS, True, 1,
+        )  # fmt: skip
+    result = tl.where(context > 0, acc / row_total(lanes, HEADS)[None, :], 0.0)
+    to = row * out_row + ((group * G + h) * D)[None, :] + d[:, None]
+    tl.store(out + to, result.to(out.dtype.element_ty), mask=(h < G)[None, :] & (d < D)[:, None])
+
+
+@dataclass(frozen=True, slots=True)
+class Down:
+    """A member's free choices: warps, and stages of the pipeline."""
+
+    warps: int = 4
+    stages: int = 3
+
+
+def attention_down(
+    q: torch.Tensor,
+    cache: GpuKVCache,
+    rows: GpuPagedRows,
+    scale: float,
+    *,
+    down: Down,
+    chosen: tuple[int, ...] | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Decode: one program per request and key/value head.
+
+    Args:
+        q: bf16 or fp16 [T, H, D], on the device, D contiguous.
+        cache: of the layer, with this step's own keys and values already written.
+        rows: whose queries these are.
+        scale: of the scores, positive.
+        down: the member.
+        chosen: the requests to serve, which have one query each; all by default.
+        out: where to write, like q and contiguous; made if None.
+
+    Returns:
+        out; a request whose context length on the device is 0 gets zeros.
+
+    Determinism:
+        A row depends on its query and on its request's keys and values up to its position.
+    """
+    H, D = q.shape[1:]
+    kv_heads = cache.k.shape[1]
+    G = H // kv_heads
+    chosen = tuple(range(len(rows.queries))) if chosen is None else chosen
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    if chosen:
+        _decode_kernel[(kv_heads, len(chosen))](
+            q, cache.k, cache.v, out, rows.query_starts, rows.context_lengths, rows.block_tables,
+            rows.requests(chosen), exponent_scale(scale), q.stride(0), q.stride(1), out.stride(0),
+            rows.block_tables.stride(0),
+            block_stride=cache.k.stride(0), G=G, D=D, WIDTH=triton.next_power_of_2(D), HEADS=max(16,
+            triton.next_power_of_2(G)),
+            STAGES=down.stages, num_warps=down.warps, num_stages=down.stages,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,261 @@
+"""Decode of long contexts at small batch: three kernels that fill the GPU, in the order of `triton.py`.
+
+A sum that must run through the keys in order seems to forbid sharing one request's keys among programs. But a
+maximum is exact in any order, so only the sums are a chain:
+1. Scores: all blocks of keys at once. x_j of every key, and each block's maximum.
+2. Weights: all blocks at once. From the maxima of the blocks before, a block's m and a, exactly as the chain
+   would have them; then p_j, rounded to the storage dtype, and the block's four lane sums in float32.
+3. Chain: acc = acc * a, then acc += p v, and the row sum. The columns of a head are independent of one
+another,
+   so programs share out slices of columns; per block only the tensor core's steps are left.
+
+Keys are read once and values once. Grids depend on plain ints alone: programs step through the blocks with a
+stride, as far as the length on the device says.
+
+Shape letters: R requests, B blocks of 128 keys, H heads, Hkv key/value heads, G = H / Hkv, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
+from isobatch.kernels.attention.triton import exponent_scale
+from isobatch.kernels.attention.triton_steps import (
+    PAGE,
+    SPAN,
+    lane_sums_down,
+    page_rows,
+    pages_of,
+    product,
+    row_total,
+)
+from isobatch.kernels.gpu.device import multiprocessors
+from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
+
+
+@triton.jit
+def _scores_kernel(
+    q, k, scores, maxima, query_starts, context_lengths, block_tables, requests, c,
+    q_row, q_head, table_row, blocks,
+    block_stride: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Axes: first block, key/value head, request. scores [R, Hkv, B, 128, G], maxima [R, Hkv, B, G]."""
+    group, item = tl.program_id(1), tl.program_id(2)
+    request = item
+    if requests is not None:
+        request = tl.load(requests + item)
+    context = tl.load(context_lengths + request)
+    row = tl.load(query_starts + request).to(tl.int64)
+    h, d = tl.arange(0, HEADS), tl.arange(0, WIDTH)
+    inside = (d < D)[None, :]
+    at = row * q_row + ((group * G + h) * q_head)[:, None] + d[None, :]
+    qs = tl.load(q + at, mask=(h < G)[:, None] & inside, other=0.0)
+    table = block_tables + request.to(tl.int64) * table_row
+    base = (item * tl.num_programs(1) + group).to(tl.int64) * blocks
+    step = tl.num_programs(0)
+    first = tl.program_id(0)
+    if first * SPAN >= context:
+        return
+    pages = pages_of(table, first * SPAN, context)
+    for n in tl.range(first, tl.cdiv(context, SPAN), step, num_stages=STAGES):
+        j = n * SPAN + tl.arange(0, SPAN)
+        source = k + page_rows(pages, block_stride, group * (PAGE * D), D, 0, WIDTH)
+        if WIDTH == D:
+            kj = tl.load(source)
+        else:
+            kj = tl.load(source, mask=inside, other=0.0)
+        pages = pages_of(table, (n + step) * SPAN, context)
+        x = mul(product(kj, tl.trans(qs), None), tl.full((SPAN, HEADS), 0.0, tl.float32) + c)
+        x = tl.where((j < context)[:, None], x, float("-inf"))
+        to = (base + n) * SPAN + tl.arange(0, SPAN)
+        tl.store(scores + to[:, None] * G + h[None, :], x, mask=(h < G)[None, :])
+        tl.store(maxima + (base + n) * G + h, tl.max(x, 0), mask=h < G)
+
+
+@triton.jit
+def _weights_kernel(
+    scores, maxima, weights, alphas, sums, context_lengths, requests, blocks,
+    G: tl.constexpr, HEADS: tl.constexpr, RUN: tl.constexpr, LOOK: tl.constexpr,
+):  # fmt: skip
+    """Axes: run of blocks, key/value head, request. weights [.., B, 128, HEADS], alphas [.., B, HEADS],
+    sums [.., 4]."""
+    group, item = tl.program_id(1), tl.program_id(2)
+    request = item
+    if requests is not None:
+        request = tl.load(requests + item)
+    context = tl.load(context_lengths + request)
+    first = tl.program_id(0) * RUN
+    last = tl.minimum(first + RUN, tl.cdiv(context, SPAN))
+    h, lane = tl.arange(0, HEADS), tl.arange(0, 4)
+    mine = h < G
+    base = (item * tl.num_programs(1) + group).to(tl.int64) * blocks
+    m = tl.full((HEADS,), float("-inf"), tl.float32)
+    if first < last:
+        for n in range(0, first, LOOK):
+            i = n + tl.arange(0, LOOK)
+            mask = (i < first)[:, None] & mine[None, :]
+            tops = tl.load(maxima + (base + i[:, None]) * G + h[None, :], mask=mask, other=float("-inf"))
+            m = tl.maximum(m, tl.max(tops, 0))
+    for n in tl.range(first, last, num_stages=3):
+        key = (base + n) * SPAN + tl.arange(0, SPAN)
+        x = tl.load(scores + key[:, None] * G + h[None, :], mask=mine[None, :], other=0.0)
+        top = tl.maximum(m, tl.load(maxima + (base + n) * G + h, mask=mine, other=0.0))
+        p = ex2(sub(x, tl.broadcast_to(top[None, :], (SPAN, HEADS))))
+        tl.store(weights + key[:, None] * HEADS + h[None, :], p.to(weights.dtype.element_ty))
+        at = (base + n) * HEADS + h
+        tl.store(alphas + at, ex2(sub(m, top)))
+        tl.store(sums + at[:, None] * 4 + lane[None, :], lane_sums_down(p, HEADS))
+        m = top
+
+
+@triton.jit
+def _chain_blocks(
+    acc, lanes, weights, alphas, sums, v, table, begin, end, context, block_stride, base, group,
+    D: tl.constexpr, HEADS: tl.constexpr, SLICE: tl.constexpr, MASK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    h, lane, j = tl.arange(0, HEADS), tl.arange(0, 4), tl.arange(0, SPAN)
+    column = tl.program_id(0) * SLICE
+    pages = pages_of(table, begin, context)
+    for start in tl.range(begin, end, SPAN, num_stages=STAGES):
+        n = base + start // SPAN
+        p = tl.load(weights + (n * SPAN + j)[:, None] * HEADS + h[None, :])
+        alpha = tl.load(alphas + n * HEADS + h)
+        t = tl.load(sums + (n * HEADS + h)[:, None] * 4 + lane[None, :])
+        at = v + page_rows(pages, block_stride, group * (PAGE * D), D, column, SLICE)
+        inside = (column + tl.arange(0, SLICE) < D)[None, :]
+        if MASK:
+            vj = tl.load(at, mask=(start + j < context)[:, None] & inside, other=0.0)
+        elif D % SLICE == 0:
+            vj = tl.load(at)
+        else:
+            vj = tl.load(at, mask=inside, other=0.0)
+        pages = pages_of(table, start + SPAN, context)
+        acc = product(tl.trans(vj), p, acc * alpha[None, :])
+        lanes = fma(lanes, tl.broadcast_to(alpha[:, None], (HEADS, 4)), t)
+    return acc, lanes
+
+
+@triton.jit
+def _chain_kernel(
+    weights, alphas, sums, v, out, query_starts, context_lengths, block_tables, requests,
+    out_row, table_row, blocks,
+    block_stride: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, SLICE: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Axes: slice of columns, key/value head, request. Columns run down: acc is [SLICE, HEADS]."""
+    group, item = tl.program_id(1), tl.program_id(2)
+    request = item
+    if requests is not None:
+        request = tl.load(requests + item)
+    context = tl.load(context_lengths + request)
+    row = tl.load(query_starts + request).to(tl.int64)
+    if tl.load(query_starts + request + 1) <= row:
+        return
+    h = tl.arange(0, HEADS)
+    d = tl.program_id(0) * SLICE + tl.arange(0, SLICE)
+    table = block_tables + request.to(tl.int64) * table_row
+    base = (item * tl.num_programs(1) + group).to(tl.int64) * blocks
+    acc = tl.zeros((SLICE, HEADS), tl.float32)
+    lanes = tl.zeros((HEADS, 4), tl.float32)
+    if context > 0:
+        whole = context // SPAN * SPAN
+        acc, lanes = _chain_blocks(
+            acc, lanes, weights, alphas, sums, v, table, 0, whole, context, block_stride, base, group,
+            D, HEADS, SLICE, False, STAGES,
+        )  # fmt: skip
+        acc, lanes = _chain_blocks(
+            acc, lanes, weights, alphas, sums, v, table, whole, context, context, block_stride, base, group,
+            D, HEADS, SLICE, True, 1,
+        )  # fmt: skip
+    result = tl.where(context > 0, acc / row_total(lanes, HEADS)[None, :], 0.0)
+    to = row * out_row + ((group * G + h) * D)[None, :] + d[:, None]
+    tl.store(out + to, result.to(out.dtype.element_ty), mask=(h < G)[None, :] & (d < D)[:, None])
+
+
+@dataclass(frozen=True, slots=True)
+class Phases:
+    """A member's free choices.
+
+    Args:
+        columns: of a slice in the chain. From 64 with four warps on, the warp-group instruction serves.
+        warps: of the chain.
+        stages: of the chain's pipeline.
+        score_stages: of the scores' pipeline.
+        run: blocks that one program of the weights kernel takes.
+    """
+
+    columns: int = 64
+    warps: int = 4
+    stages: int = 6
+    score_stages: int = 3
+    run: int = 8
+
+
+def attention_phases(
+    q: torch.Tensor,
+    cache: GpuKVCache,
+    rows: GpuPagedRows,
+    scale: float,
+    *,
+    phases: Phases,
+    chosen: tuple[int, ...] | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Decode in three phases: requests with one query, of at most 16 heads per key/value head.
+
+    Args:
+        q: bf16 or fp16 [T, H, D], on the device, D contiguous.
+        cache: of the layer, with this step's own keys and values already written.
+        rows: whose queries these are; `contexts` bounds the scratch memory, 6 bytes per head and key.
+        scale: of the scores, positive.
+        phases: the member.
+        chosen: the requests to serve; all by default.
+        out: where to write, like q and contiguous; made if None.
+
+    Returns:
+        out; a request whose context length on the device is 0 gets zeros.
+
+    Determinism:
+        A row depends on its query and on its request's keys and values up to its position.
+    """
+    H, D = q.shape[1:]
+    kv_heads = cache.k.shape[1]
+    G = H // kv_heads
+    chosen = tuple(range(len(rows.queries))) if chosen is None else chosen
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    R = len(chosen)
+    if not R:
+        return out
+    requests = rows.requests(chosen)
+    heads = max(16, triton.next_power_of_2(G))
+    blocks = max(1, -(-max(rows.contexts[r] for r in chosen) // 128))
+    size = R * kv_heads * blocks
+    scores = torch.empty(size * 128 * G, dtype=torch.float32, device=q.device)
+    weights = torch.empty(size * 128 * heads, dtype=q.dtype, device=q.device)
+    small = torch.empty(6, size * heads, dtype=torch.float32, device=q.device)
+    steps = min(blocks, max(1, -(-4 * multiprocessors() // (R * kv_heads))))
+    _scores_kernel[(steps, kv_heads, R)](
+        q, cache.k, scores, small[0], rows.query_starts, rows.context_lengths, rows.block_tables, requests,
+        exponent_scale(scale), q.stride(0), q.stride(1), rows.block_tables.stride(0), blocks,
+        block_stride=cache.k.stride(0), G=G, D=D, WIDTH=triton.next_power_of_2(D), HEADS=heads,
+        STAGES=phases.score_stages,
+        num_warps=4, num_stages=phases.score_stages,
+    )  # fmt: skip
+    _weights_kernel[(-(-blocks // phases.run), kv_heads, R)](
+        scores, small[0], weights, small[1], small[2:], rows.context_lengths, requests, blocks,
+        G=G, HEADS=heads, RUN=phases.run, LOOK=128, num_warps=1,
+    )  # fmt: skip
+    _chain_kernel[(-(-D // phases.columns), kv_heads, R)](
+        weights, small[1], small[2:], cache.v, out, rows.query_starts, rows.context_lengths,
+        rows.block_tables,
+        requests, out.stride(0), rows.block_tables.stride(0), blocks,
+        block_stride=cache.k.stride(0), G=G, D=D, HEADS=heads, SLICE=phases.columns, STAGES=phases.stages,
+        num_warps=phases.warps, num_stages=phases.stages,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,64 @@
+"""How long GPU work takes, without the launches: graphs over fresh data, the candidates taking turns."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+
+Work = Callable[[int], object]
+"""One call of what is timed, on the given copy of its data."""
+
+
+def capture(work: Work, copies: int) -> torch.cuda.CUDAGraph:
+    """A graph of one call per copy.
+
+    Args:
+        work: must not synchronise.
+        copies: of the data. Together they should be several times the second-level cache, so that each call
+            finds its own copy in device memory, as it would in a model.
+
+    Returns:
+        The graph, ready to replay.
+    """
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work(0)
+        stream.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            for copy in range(copies):
+                work(copy)
+    return graph
+
+
+def microseconds(sides: Sequence[Work], copies: int, rounds: int = 12) -> list[float]:
+    """The median time of one call of each side.
+
+    Args:
+        sides: what is compared. They take turns, so that a slow spell of the machine hits all alike.
+        copies: of the data, as for `capture`.
+        rounds: replays of each side's graph.
+
+    Returns:
+        Microseconds per call, in the order of `sides`.
+    """
+    graphs = [capture(side, copies) for side in sides]
+    spans = [[(_event(), _event()) for _ in range(rounds)] for _ in graphs]
+    for graph in graphs:
+        graph.replay()
+    for turn in range(rounds):
+        for graph, events in zip(graphs, spans, strict=True):
+            events[turn][0].record()
+            graph.replay()
+            events[turn][1].record()
+    torch.cuda.synchronize()
+    return [
+        statistics.median(start.elapsed_time(stop) for start, stop in events) * 1e3 / copies
+        for events in spans
+    ]
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)

@@ -1,0 +1,162 @@
+"""Linear as it serves on the GPU: for each shape and number of rows the plan's member, if certified here.
+
+Triton members are certified by the tests and when a table is made. A library's are certified on each machine,
+since its next version is not ours: at start, for every row count at which a plan wants one. What fails is
+dropped for the next in the plan, and for a tile of our own in the end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+import triton
+
+from isobatch import env
+from isobatch.kernels import plan as plans
+from isobatch.kernels.bitclass import certify
+from isobatch.kernels.gpu.device import architecture, capturing, device
+from isobatch.kernels.linear import members
+from isobatch.kernels.linear.cublaslt import version
+from isobatch.kernels.linear.gpu_record import forget, record_for
+from isobatch.kernels.linear.members import Launcher, Shape
+from isobatch.kernels.linear.triton import linear_tile
+from isobatch.kernels.registry import Member
+from isobatch.kernels.stock import STOCK, DenseWeight
+
+
+class Certificates:
+    """Which members of a library have been certified on this machine, kept between runs.
+
+    Args:
+        path: the file, in the cache folder by default; one that cannot be read counts as empty, one that
+            cannot be written is not kept.
+        keep: whether to read and write it at all.
+    """
+
+    def __init__(self, path: Path | None = None, keep: bool = True) -> None:
+        name = sha256(json.dumps(_machine()).encode()).hexdigest()[:16]
+        self.path = path or env.cache_dir() / f"certificates-{name}.json"
+        self._kept = keep
+        self._verdicts: dict[str, bool] = {}
+        if not keep:
+            return
+        try:
+            kept = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return
+        if isinstance(kept, dict) and all(isinstance(verdict, bool) for verdict in kept.values()):
+            self._verdicts = kept
+
+    def verdict(self, shape: Shape, name: str, rows: int) -> bool:
+        """Whether a member gives the class's bits at this shape, for the row counts of this bucket."""
+        key = f"{shape.key}{'.bias' if shape.biased else ''} {name} {rows}"
+        if key not in self._verdicts:
+            self._verdicts[key] = certified(shape, name, rows)
+        return self._verdicts[key]
+
+    def keep(self) -> None:
+        """Writes the file."""
+        if not self._kept:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self._verdicts, indent=0, sort_keys=True))
+        except OSError:
+            return
+
+
+def _machine() -> list[str]:
+    """What a certificate is for: change any of it, and certify anew."""
+    return [torch.cuda.get_device_name(device()), torch.__version__, triton.__version__, str(version())]
+
+
+def certified(shape: Shape, name: str, rows: int) -> bool:
+    """Runs the certification of one member at the row counts that one bucket serves.
+
+    Args:
+        shape: the fixed axes.
+        name: the member.
+        rows: the bucket's most rows.
+    """
+    launch = members.launcher(name, shape)
+    if launch is None:
+        return False
+    return certify(record_for(shape), Member(name, launch, STOCK), row_counts(rows)).member
+
+
+def row_counts(most: int) -> tuple[int, ...]:
+    """Row counts that stand for a bucket: its ends, and one between."""
+    at = plans.BUCKETS.index(most)
+    least = plans.BUCKETS[at - 1] + 1 if at else 1
+    return tuple(sorted({least, (least + most) // 2, most}))
+
+
+class Linear:
+    """The launcher of linear, with its plan.
+
+    Args:
+        plan: the tables; by default those that ship, and over them those made on this machine.
+        certificates: what is known about this machine.
+    """
+
+    def __init__(self, plan: plans.Plan | None = None, certificates: Certificates | None = None) -> None:
+        self.plan = plan or plans.current(architecture())
+        self.certificates = certificates or Certificates()
+        self.refused: list[str] = []
+        self._chosen: dict[tuple[Shape, int], Launcher] = {}
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        weight: DenseWeight,
+        bias: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """x W^T + bias, [M, N].
+
+        Determinism:
+            Row m depends on x[m], the weight and the bias alone: the plan chooses within one bit class.
+        """
+        out_dtype = out_dtype or x.dtype
+        shape = Shape(weight.outputs, weight.inputs, x.dtype, out_dtype, bias is not None)
+        chosen = self._chosen.get((shape, plans.bucket(len(x))))
+        launch = chosen or self._launcher(shape, plans.bucket(len(x)))
+        return launch(x, weight, bias, out_dtype)
+
+    def prepare(self, shapes: Iterable[Shape], buckets: Sequence[int] = plans.BUCKETS) -> None:
+        """Chooses, and certifies where need be, for all row counts: once at start, before any capture.
+
+        Args:
+            shapes: that the model has.
+            buckets: row counts that will come.
+        """
+        for shape in shapes:
+            for rows in buckets:
+                self._launcher(shape, rows)
+            forget()
+        self.certificates.keep()
+
+    def name(self, shape: Shape, rows: int) -> str:
+        """The member that serves a bucket."""
+        for name in self.plan.names("linear", shape.key, rows):
+            if not name.startswith("lt") or self.certificates.verdict(shape, name, rows):
+                return name
+            self.refused.append(f"{name} at {shape.key}, up to {rows} rows")
+        return members.default(rows)
+
+    def _launcher(self, shape: Shape, rows: int) -> Launcher:
+        if capturing() and (shape, rows) not in self._chosen:
+            # Certification waits for results, which a capture forbids. Our own tile needs none.
+            return _own(rows)
+        launch = members.launcher(self.name(shape, rows), shape) or _own(rows)
+        self._chosen[shape, rows] = launch
+        return launch
+
+
+def _own(rows: int) -> Launcher:
+    return partial(linear_tile, tile=members.tile_named(members.default(rows)))

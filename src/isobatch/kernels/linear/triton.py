@@ -1,0 +1,207 @@
+"""Linear on the GPU, bfloat16 and float16: y = x W^T (+ bias).
+
+Written order: per output one float32 accumulator, from zero; k ascending in tensor-core steps of 16; then the
+bias, one rounded float32 addition; then one rounding to the dtype of the result. K is never split.
+
+What a tensor core does inside its step is the architecture's, and a function of the sixteen products and the
+accumulator alone. So tiles of any shape, both operand orders, `mma.sync` and `wgmma`, any pipeline, and a
+library's kernels that do not split K, are candidates for one bit class. None is trusted: each is certified.
+
+Shape letters: M rows of x, N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from isobatch.kernels.gpu.device import multiprocessors
+from isobatch.kernels.stock import DenseWeight
+
+_TMA_ALIGNMENT = 16
+_STAGED = 128 * 128  # numbers of a tile that go out through shared memory at once
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How one program covers the product. Nothing here can reach the order of summation.
+
+    Args:
+        rows: rows of x per tile.
+        outputs: outputs per tile.
+        depth: inputs loaded at a time.
+        warps: warps per program.
+        stages: loads in flight.
+        weight_left: W x^T instead of x W^T, so that few rows lie along the tensor core's narrow side.
+        tma: tiles come by the bulk copy engine; otherwise by ordinary asynchronous copies.
+        resident: programs per multiprocessor that loop over the tiles; 0 for a program per tile.
+    """
+
+    rows: int
+    outputs: int
+    depth: int
+    warps: int
+    stages: int
+    weight_left: bool = False
+    tma: bool = False
+    resident: int = 0
+
+    @property
+    def name(self) -> str:
+        """Compact, unique, and readable in a plan file."""
+        flags = ("w" if self.weight_left else "") + ("t" if self.tma else "")
+        loop = f"p{self.resident}" if self.resident else ""
+        return f"{self.rows}x{self.outputs}x{self.depth}.{self.warps}.{self.stages}{flags}{loop}"
+
+
+@triton.jit
+def _tile_at(tile, M, N, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, GROUP: tl.constexpr):
+    """The first row and output of a tile; tiles that share rows and outputs are near each other in time."""
+    tall, wide = tl.cdiv(M, ROWS), tl.cdiv(N, OUTPUTS)
+    per_group = GROUP * wide
+    first = tile // per_group * GROUP
+    height = min(tall - first, GROUP)
+    row = first + tile % per_group % height
+    output = tile % per_group // height
+    return row * ROWS, output * OUTPUTS
+
+
+@triton.jit
+def _store(y, bias, acc, m, n, M, N, y_stride, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
+           WEIGHT_LEFT: tl.constexpr, BIASED: tl.constexpr):  # fmt: skip
+    rows, outputs = m + tl.arange(0, ROWS), n + tl.arange(0, OUTPUTS)
+    if BIASED:
+        b = tl.load(bias + outputs, mask=outputs < N, other=0.0).to(tl.float32)
+        acc = acc + (b[:, None] if WEIGHT_LEFT else b[None, :])
+    if WEIGHT_LEFT:
+        at = y + rows[None, :].to(tl.int64) * y_stride + outputs[:, None]
+        mask = (rows < M)[None, :] & (outputs < N)[:, None]
+    else:
+        at = y + rows[:, None].to(tl.int64) * y_stride + outputs[None, :]
+        mask = (rows < M)[:, None] & (outputs < N)[None, :]
+    tl.store(at, acc.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _linear_pointer_kernel(
+    x, w, bias, y, M, N, K, x_stride, w_stride, y_stride,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    WEIGHT_LEFT: tl.constexpr, BIASED: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """One tile by ordinary copies: any strides, any N and K."""
+    m, n = _tile_at(tl.program_id(0), M, N, ROWS, OUTPUTS, GROUP)
+    rows, outputs, k = m + tl.arange(0, ROWS), n + tl.arange(0, OUTPUTS), tl.arange(0, DEPTH)
+    # Beyond the edges row 0 and output 0 are read again: cheaper than a mask, and never stored.
+    x_rows = x + tl.where(rows < M, rows, 0).to(tl.int64) * x_stride
+    w_rows = w + tl.where(outputs < N, outputs, 0).to(tl.int64) * w_stride
+    acc = tl.zeros((OUTPUTS, ROWS) if WEIGHT_LEFT else (ROWS, OUTPUTS), tl.float32)
+    for start in range(0, K, DEPTH):
+        at = start + k
+        if WEIGHT_LEFT:
+            left, right = w_rows[:, None] + at[None, :], x_rows[None, :] + at[:, None]
+        else:
+            left, right = x_rows[:, None] + at[None, :], w_rows[None, :] + at[:, None]
+        if WHOLE:
+            a, b = tl.load(left), tl.load(right)
+        else:  # products of zeros, which change no accumulator
+            a = tl.load(left, mask=(at < K)[None, :], other=0.0)
+            b = tl.load(right, mask=(at < K)[:, None], other=0.0)
+        acc = tl.dot(a, b, acc)
+    _store(y, bias, acc, m, n, M, N, y_stride, ROWS, OUTPUTS, WEIGHT_LEFT, BIASED)
+
+
+@triton.jit
+def _store_tiles(y, bias, acc, m, n, N, OUTPUTS: tl.constexpr, PARTS: tl.constexpr, BIASED: tl.constexpr):
+    """Stores [ROWS, OUTPUTS] in PARTS pieces side by side, since a wide tile leaves little shared memory."""
+    if PARTS == 1:
+        if BIASED:
+            outputs = n + tl.arange(0, OUTPUTS)
+            acc = acc + tl.load(bias + outputs, mask=outputs < N, other=0.0).to(tl.float32)[None, :]
+        y.store([m, n], acc.to(y.dtype))
+    else:
+        half: tl.constexpr = OUTPUTS // 2
+        left, right = acc.reshape(acc.shape[0], 2, half).permute(0, 2, 1).split()
+        _store_tiles(y, bias, left, m, n, N, half, PARTS // 2, BIASED)
+        _store_tiles(y, bias, right, m, n + half, N, half, PARTS // 2, BIASED)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _linear_tma_kernel(
+    x, w, bias, y, M, N, K,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    WEIGHT_LEFT: tl.constexpr, BIASED: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Tiles by the bulk copy engine, which fills with zeros beyond the edges and stores nothing there."""
+    tiles = tl.cdiv(M, ROWS) * tl.cdiv(N, OUTPUTS)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        m, n = _tile_at(tile, M, N, ROWS, OUTPUTS, GROUP)
+        acc = tl.zeros((OUTPUTS, ROWS) if WEIGHT_LEFT else (ROWS, OUTPUTS), tl.float32)
+        for start in range(0, K, DEPTH):
+            a, b = x.load([m, start]), w.load([n, start])
+            acc = tl.dot(b, a.T, acc) if WEIGHT_LEFT else tl.dot(a, b.T, acc)
+        _store_tiles(y, bias, acc.T if WEIGHT_LEFT else acc, m, n, N, OUTPUTS, PARTS, BIASED)
+
+
+def bulk_copyable(tensor: torch.Tensor) -> bool:
+    """Whether the bulk copy engine can read a matrix: rows of whole 16-byte pieces, aligned."""
+    step = tensor.stride(0) * tensor.element_size()
+    inner = tensor.stride(1) == 1 and tensor.shape[1] * tensor.element_size() % _TMA_ALIGNMENT == 0
+    return inner and step % _TMA_ALIGNMENT == 0 and tensor.data_ptr() % _TMA_ALIGNMENT == 0
+
+
+def linear_tile(
+    x: torch.Tensor,
+    weight: DenseWeight,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    *,
+    tile: Tile,
+) -> torch.Tensor:
+    """The product by one tile shape.
+
+    Args:
+        x: bfloat16 or float16 [M, K], rows at any stride.
+        weight: the same dtype, [N, K].
+        bias: the same dtype [N], or None.
+        out_dtype: of the result; x's own by default, float32 for logits.
+        tile: how. A shape that the bulk copy engine cannot serve goes by ordinary copies.
+
+    Returns:
+        [M, N], contiguous.
+    """
+    w = weight.dense
+    x = x if x.stride(1) == 1 else x.contiguous()
+    (M, K), N = x.shape, w.shape[0]
+    y = torch.empty(M, N, dtype=out_dtype or x.dtype, device=x.device)
+    tiles = triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.outputs)
+    programs = min(tiles, tile.resident * multiprocessors()) if tile.resident else tiles
+    shape = {
+        "ROWS": tile.rows,
+        "OUTPUTS": tile.outputs,
+        "DEPTH": tile.depth,
+        "GROUP": 8,
+        "WEIGHT_LEFT": tile.weight_left,
+        "BIASED": bias is not None,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+    if tile.tma and bulk_copyable(x) and bulk_copyable(w) and bulk_copyable(y):
+        x_tiles = TensorDescriptor.from_tensor(x, [tile.rows, tile.depth])
+        w_tiles = TensorDescriptor.from_tensor(w, [tile.outputs, tile.depth])
+        parts = max(1, tile.rows * tile.outputs // _STAGED)
+        y_tiles = TensorDescriptor.from_tensor(y, [tile.rows, tile.outputs // parts])
+        _linear_tma_kernel[(programs,)](x_tiles, w_tiles, bias, y_tiles, M, N, K, **shape, PARTS=parts)
+    else:
+        strides = x.stride(0), w.stride(0), y.stride(0)
+        whole = K % tile.depth == 0
+        _linear_pointer_kernel[(tiles,)](x, w, bias, y, M, N, K, *strides, **shape, WHOLE=whole)
+    return y
+
+
+CANONICAL = Tile(rows=16, outputs=32, depth=64, warps=1, stages=1)
+linear_plain = partial(linear_tile, tile=CANONICAL)

@@ -1,0 +1,1 @@
+"""Mixture of experts: each token is served by a few of many MLPs."""

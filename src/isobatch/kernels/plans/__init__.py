@@ -1,0 +1,1 @@
+"""Tuned tables that ship with the package, one file per architecture; `isobatch tune` makes them."""

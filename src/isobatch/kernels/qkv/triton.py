@@ -1,0 +1,207 @@
+"""Query and key norm, rotary embedding and the write to the KV cache, fused. GPU only.
+
+Written order: that of the chain rms_norm (over each head, if the model has those norms), rotary, write_kv,
+each rounded to the dtype as the separate ops round it: bit-equal to the chain, which is the canonical member.
+Shape letters: T rows, H query heads, Hkv key/value heads, D head size, C context.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from isobatch.kernels.gpu.rows import fold, inverse_root_mean, rotated, scaled, squares
+from isobatch.kernels.layout import PAGE, PagedRows
+
+_PAGE = tl.constexpr(PAGE)
+
+
+@triton.jit
+def _normed(a, b, row, weight, is_head, eps, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """Both halves of each head, normalised over the whole head by the tree of `fold`."""
+    c = tl.arange(0, BLOCK)[None, :]
+    if HALF == BLOCK:
+        # The tree's last step joins the halves, so each folds by itself.
+        total = fold(squares(a)) + fold(squares(b))
+    else:
+        d = tl.arange(0, 2 * BLOCK)[None, :]
+        total = fold(squares(tl.load(row + d, mask=is_head & (d < 2 * HALF), other=0.0)))
+    scale = inverse_root_mean(total, HALF * 2.0, eps)[:, None]
+    weight_a = tl.load(weight + c, mask=c < HALF, other=0.0)
+    weight_b = tl.load(weight + c + HALF, mask=c < HALF, other=0.0)
+    return scaled(a, scale, weight_a), scaled(b, scale, weight_b)
+
+
+@triton.jit
+def _turned(
+    row,
+    is_head,
+    position,
+    cos,
+    sin,
+    weight,
+    eps,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """Both halves of each head, normalised if the model does that, and turned."""
+    c = tl.arange(0, BLOCK)[None, :]
+    inside = is_head & (c < HALF)
+    a = tl.load(row + c, mask=inside, other=0.0)
+    b = tl.load(row + c + HALF, mask=inside, other=0.0)
+    if NORM:
+        a, b = _normed(a, b, row, weight, is_head, eps, HALF, BLOCK)
+    angle = position * HALF + c
+    cosine = tl.broadcast_to(tl.load(cos + angle, mask=c < HALF, other=0.0), (HEADS, BLOCK))
+    sine = tl.broadcast_to(tl.load(sin + angle, mask=c < HALF, other=0.0), (HEADS, BLOCK))
+    return rotated(a, b, cosine, sine)
+
+
+@triton.jit
+def _qk_norm_rotary_write_kernel(
+    qkv,
+    positions,
+    cos,
+    sin,
+    slots,
+    q_weight,
+    k_weight,
+    q_out,
+    k_cache,
+    v_cache,
+    eps,
+    stride,
+    k_block,
+    k_head,
+    k_slot,
+    v_block,
+    v_head,
+    v_slot,
+    H: tl.constexpr,
+    HKV: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    t, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    Q_PARTS: tl.constexpr = (H + HEADS - 1) // HEADS
+    KV_PARTS: tl.constexpr = (HKV + HEADS - 1) // HEADS
+    D: tl.constexpr = 2 * HALF
+    c = tl.arange(0, BLOCK)[None, :]
+    lane = tl.arange(0, HEADS)[:, None]
+    row = qkv + t * stride
+    if part < Q_PARTS:
+        h = part * HEADS + lane
+        position = tl.load(positions + t)
+        a, b = _turned(row + h * D, h < H, position, cos, sin, q_weight, eps, HALF, HEADS, BLOCK, NORM)
+        out = q_out + (t * H + h) * D + c
+        tl.store(out, a, mask=(h < H) & (c < HALF))
+        tl.store(out + HALF, b, mask=(h < H) & (c < HALF))
+    else:
+        slot = tl.load(slots + t)
+        block, offset = slot // _PAGE, slot % _PAGE
+        stored = tl.where(slot >= 0, HKV, 0)
+        if part < Q_PARTS + KV_PARTS:
+            h = (part - Q_PARTS) * HEADS + lane
+            position = tl.load(positions + t)
+            at = row + (H + h) * D
+            a, b = _turned(at, h < HKV, position, cos, sin, k_weight, eps, HALF, HEADS, BLOCK, NORM)
+            kept = (h < stored) & (c < HALF)
+            out = k_cache + block * k_block + h * k_head + offset * k_slot + c
+            tl.store(out, a, mask=kept)
+            tl.store(out + HALF, b, mask=kept)
+        else:
+            h = (part - Q_PARTS - KV_PARTS) * HEADS + lane
+            d = tl.arange(0, 2 * BLOCK)[None, :]
+            moved = (h < stored) & (d < D)
+            value = tl.load(row + (H + HKV + h) * D + d, mask=moved, other=0.0)
+            tl.store(v_cache + block * v_block + h * v_head + offset * v_slot + d, value, mask=moved)
+
+
+def qk_norm_rotary_write_tiled(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    cache: Any,
+    rows: PagedRows,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+    *,
+    heads: int,
+    warps: int,
+) -> torch.Tensor:
+    """`qk_norm_rotary_write` with `heads` heads (a power of two) and `warps` warps to a program."""
+    T, width = qkv.shape
+    _, kv_heads, _, D = cache.k.shape
+    H = width // D - 2 * kv_heads
+    qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()
+    q = torch.empty((T, H, D), dtype=qkv.dtype, device=qkv.device)
+    if T:
+        _qk_norm_rotary_write_kernel[(T, triton.cdiv(H, heads) + 2 * triton.cdiv(kv_heads, heads))](
+            qkv,
+            positions.contiguous(),
+            cos,
+            sin,
+            rows.slots.contiguous(),
+            qkv if q_weight is None else q_weight,
+            qkv if k_weight is None else k_weight,
+            q,
+            cache.k,
+            cache.v,
+            eps,
+            qkv.stride(0),
+            *cache.k.stride()[:3],
+            *cache.v.stride()[:3],
+            H=H,
+            HKV=kv_heads,
+            HALF=D // 2,
+            HEADS=heads,
+            BLOCK=triton.next_power_of_2(D // 2),
+            NORM=q_weight is not None,
+            num_warps=warps,
+        )
+    return q
+
+
+def qk_norm_rotary_write(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    cache: Any,
+    rows: PagedRows,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> torch.Tensor:
+    """Normalises and turns queries and keys, stores keys and values, and returns the queries.
+
+    Args:
+        qkv: bfloat16 or float16 [T, (H + 2 Hkv) D]: query, key and value heads side by side.
+        positions: int64 [T], each below C.
+        cos: float32 [C, D/2], contiguous.
+        sin: likewise.
+        cache: its k and v are [blocks, Hkv, 16, D] of qkv's dtype, at any strides but the last, which is 1.
+        rows: its slots say where each row's key and value go; a row whose slot is negative (padding in a
+            captured graph) is written nowhere.
+        q_weight: [D] of the same dtype, or None for models without these norms.
+        k_weight: likewise; both or none.
+        eps: of the norms.
+
+    Returns:
+        [T, H, D], contiguous.
+
+    Determinism:
+        Row t depends on qkv[t] and positions[t] alone, not on its slot.
+    """
+    return qk_norm_rotary_write_tiled(
+        qkv, positions, cos, sin, cache, rows, q_weight, k_weight, eps, heads=8, warps=1
+    )

@@ -1,0 +1,116 @@
+"""Records of sample and penalize on the GPU. Their canonical members are the CPU's own kernels."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import torch
+
+from isobatch.kernels.data import floats, integers
+from isobatch.kernels.gpu.data import to_device
+from isobatch.kernels.gpu.device import INTERPRETED
+from isobatch.kernels.registry import Member, OpRecord, RowCase
+from isobatch.kernels.sampling import cpu, stock, triton, triton_penalize
+from isobatch.kernels.sampling.cpu import PenaltyRows, SamplingRows
+from isobatch.kernels.sampling.triton import Cut
+from isobatch.kernels.stock import STOCK
+
+_V = 131 if INTERPRETED else 5003
+# temperature, top_k, top_p, min_p: every path in one batch.
+_PARAMETERS = (
+    (0.0, 0, 1.0, 0.0),
+    (1.0, 0, 1.0, 0.0),
+    (0.7, 20, 0.9, 0.01),
+    (1.3, 0, 1.0, 0.05),
+    (0.7, 40, 1.0, 0.0),
+    (1.0, 0, 0.8, 0.0),
+    (1.0, 400, 0.99, 0.0),
+)
+# The interpreter takes half a second for a row with top_k or top_p: there, few have them.
+_EVERY = 20 if INTERPRETED else 1
+
+
+def _draw_sample(name: str, rows: int, _variant: str) -> RowCase:
+    logits = floats(f"{name}/logits", rows, _V, kind="plain") * 4
+    logits[:, 7] = logits[:, 100]  # a tie
+    filtered = integers(f"{name}/filtered", rows, _EVERY) == 0
+    which = torch.where(filtered, integers(f"{name}/which", rows, 7), integers(f"{name}/which", rows, 2))
+    temperature, top_k, top_p, min_p = torch.tensor(_PARAMETERS)[which].unbind(1)
+    per_row = {
+        "logits": logits,
+        "temperature": temperature,
+        "top_k": top_k.long(),
+        "top_p": top_p,
+        "min_p": min_p,
+        "seed": integers(f"{name}/seed", rows, 2**31) * -3,
+        "position": integers(f"{name}/position", rows, 4096),
+    }
+    moved = {key: to_device(tensor.contiguous()) for key, tensor in per_row.items()}
+    return RowCase(moved, {}, group=("rows", SamplingRows))
+
+
+def _draw_penalize(name: str, rows: int, _variant: str) -> RowCase:
+    seen = torch.stack([torch.arange(10) + 10 * int(s) for s in integers(f"{name}/ids", rows, 12)])
+    seen[:, 8:] = -1
+    per_row = {
+        "logits": floats(f"{name}/logits", rows, _V),
+        "ids": seen,
+        "counts": integers(f"{name}/counts", rows * 10, 3).reshape(rows, 10),
+        "repetition": torch.full((rows,), 1.3),
+        "presence": torch.full((rows,), 0.4),
+        "frequency": torch.full((rows,), 0.7),
+    }
+    return RowCase({k: to_device(v) for k, v in per_row.items()}, {}, group=("rows", PenaltyRows))
+
+
+def _on_cpu(function: Any) -> Any:
+    def run(logits: torch.Tensor, rows: Any) -> torch.Tensor:
+        there = type(rows)(**{f.name: getattr(rows, f.name).cpu() for f in fields(rows)})
+        return to_device(function(logits.cpu(), there))
+
+    return run
+
+
+def _member(width: int, warps: int, room: int) -> Member:
+    cut = Cut(width, warps, room)
+    return Member(f"spans of {width}, {room} listed", partial(triton.sample_cut, cut=cut), STOCK)
+
+
+SAMPLE = OpRecord(
+    name="sample",
+    order=triton.__doc__ or "",
+    free_axes=("rows", "cut"),
+    fixed_axes=("V",),
+    members=(
+        Member("cpu", _on_cpu(cpu.sample), STOCK),
+        Member("rule", triton.sample, STOCK),
+        _member(64, 1, 64),
+        _member(1024, 8, 256),
+    ),
+    production="rule",
+    stock=Member("torch", stock.sample, STOCK),
+    reference=None,
+    draw=_draw_sample,
+    variants=("mixed",),
+    thresholds=(8,),
+)
+
+PENALIZE = OpRecord(
+    name="penalize",
+    order=triton_penalize.__doc__ or "",
+    free_axes=("rows", "cut"),
+    fixed_axes=("V",),
+    members=(
+        Member("cpu", _on_cpu(cpu.penalize), STOCK),
+        Member("rule", triton_penalize.penalize, STOCK),
+        Member("short", partial(triton_penalize.penalize_cut, width=128), STOCK),
+    ),
+    production="rule",
+    stock=Member("torch", stock.penalize, STOCK),
+    reference=None,
+    draw=_draw_penalize,
+    variants=("wide",),
+    thresholds=(16,),
+)

@@ -1,0 +1,88 @@
+"""Compiles every member of every GPU record for Hopper, on a machine that need not have a GPU.
+
+The interpreter runs a kernel's logic as Python; it says nothing about what the compiler refuses, or about a
+tile that wants more shared memory than there is. Prints a line per member; the exit code is 1 if any fails.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from isobatch.kernels.gpu import device as gpu
+
+_SHARED_BYTES = 232_448  # what one program may have on compute capability 9.0
+
+
+class _Hopper:
+    """As much of a driver as compiling asks for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+
+def _compile_only() -> list[Any]:
+    """From here on a launch compiles and does nothing else; returns the list that compiled kernels go to."""
+    compiled: list[Any] = []
+    run = JITFunction.run
+
+    def compile_(self: Any, *arguments: Any, grid: Any, warmup: bool, **settings: Any) -> Any:
+        kernel = run(self, *arguments, grid=grid, warmup=True, **settings)
+        compiled.append(kernel)
+        return kernel
+
+    JITFunction.run = compile_
+    driver.set_active(_Hopper())
+    facts = {
+        "device": torch.device("cpu"),
+        "architecture": "sm90",
+        "multiprocessors": 132,
+        "capturing": False,
+    }
+    for name, fact in facts.items():
+        setattr(gpu, name, lambda fact=fact: fact)
+    return compiled
+
+
+def failures() -> Iterator[str]:
+    """A sentence for each member that cannot be compiled, or could not be launched."""
+    compiled = _compile_only()
+    from isobatch.kernels.gpu.catalogue import GPU_RECORDS
+
+    for record in GPU_RECORDS.values():
+        # float16 makes the same programs with another type.
+        variants = [variant for variant in record.variants if not variant.endswith("fp16")]
+        for member in record.members:
+            for variant in variants if member.name == record.production else variants[:1]:
+                compiled.clear()
+                where = f"{record.name}/{member.name} at {variant}"
+                try:
+                    record.draw("compile", 37, variant).call(member)
+                except Exception as error:  # noqa: BLE001 - whatever the compiler says is the finding
+                    cause = error.__cause__ or error
+                    yield f"{where}: {type(cause).__name__}: {str(cause)[-300:]}"
+                    continue
+                if not compiled:
+                    continue  # a kernel of the CPU, canonical for what must be the same on both
+                shared = max(kernel.metadata.shared for kernel in compiled)
+                print(f"{where}: {len(compiled)} kernels, at most {shared} bytes shared")
+                if shared > _SHARED_BYTES:
+                    yield f"{where}: {shared} bytes of shared memory"
+
+
+if __name__ == "__main__":
+    found = list(failures())
+    print("\n".join(found), file=sys.stderr)
+    sys.exit(bool(found))

@@ -1,0 +1,195 @@
+"""The checks of `test_gpu_attention.py`, each runnable alone: python -m tests.gpu_attention_checks NAME
+..."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from isobatch.bits import bits_equal
+from isobatch.kernels.attention import triton as tiles
+from isobatch.kernels.attention.gather import gather
+from isobatch.kernels.attention.gpu_record import (
+    ATTENTION_GPU,
+    GPU_ATTENTION,
+    GpuAttentionCase,
+    draw,
+    numbers,
+)
+from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
+from isobatch.kernels.attention.gpu_serve import Attention
+from isobatch.kernels.attention.triton import attention_row
+from isobatch.kernels.bitclass import certify
+from isobatch.kernels.gpu.device import device, dtypes
+from isobatch.kernels.layout import PagedRows
+from isobatch.kernels.registry import Member
+
+ROWS = (9,)
+MEMBERS = ATTENTION_GPU.members
+VARIANT = ATTENTION_GPU.variants[0]
+
+
+def members_agree() -> None:
+    for member in MEMBERS[1:]:
+        verdict = certify(ATTENTION_GPU, member, ROWS)
+        assert verdict.member, str(verdict)
+
+
+def a_row_alone_is_the_row_in_its_chunk() -> None:
+    case = draw("alone", 9, VARIANT)
+    for member in MEMBERS:
+        together = case.call(member)[0]
+        for row in (0, 8):
+            assert bits_equal(case.take([row]).call(member)[0], together[row : row + 1]), member.name
+        assert bits_equal(case.take(range(8, -1, -1)).call(member)[0], together.flip(0)), member.name
+
+
+def blocks_and_stale_memory_are_free() -> None:
+    case = draw("layout", 9, VARIANT)
+    for member in MEMBERS:
+        assert bits_equal(case.call(member)[0], case.relayout().call(member)[0]), member.name
+
+
+def later_and_other_requests_nan_is_inert() -> None:
+    case = draw("inert", 9, VARIANT)
+    for member in MEMBERS:
+        together = case.call(member)[0]
+        for keep in ([0], [3, 7]):
+            for value in (float("nan"), float("inf")):
+                got = case.poison(keep, value).call(member)[0]
+                assert bits_equal(got[keep], together[keep]), (member.name, keep, value)
+
+
+def a_seen_infinity_is_what_the_sum_gives() -> None:
+    case = draw("seen", 9, VARIANT)
+    v = case.v.clone()
+    length = v.shape[1]
+    for request in range(3):
+        # Each column its own mixture: one infinity, two of one sign, two that make NaN, a NaN.
+        for column, value in enumerate((float("inf"), float("-inf"), float("nan"), float("inf"))):
+            v[request, length // 2 + 5 * column, :, column] = value
+        v[request, length - 3, :, 3] = float("-inf")
+        v[request, length - 3, :, 0] = float("inf")
+    queries = (*((0, p) for p in range(length - 9, length)), (1, length // 2 + 1), (2, length - 1))
+    case = replace(case, v=v, queries=queries)
+    expected = case.call(MEMBERS[0])[0]
+    assert not torch.isfinite(expected).all()
+    for member in MEMBERS[1:]:
+        got = case.call(member)[0]
+        both = torch.isnan(got) & torch.isnan(expected)  # the interpreter's NaN have signs
+        assert torch.equal(got.masked_fill(both, 0), expected.masked_fill(both, 0)), member.name
+
+
+def padded_requests_are_inert_and_zero() -> None:
+    case = draw("padded", 3, VARIANT)
+    case = replace(case, queries=((0, 5), (1, 200), (2, 130)))
+
+    def padded(
+        q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float, run: Any
+    ) -> torch.Tensor:
+        lengths = rows.context_lengths.clone()
+        lengths[1] = 0
+        # In a graph the plain ints are bounds, and tables hold anything that is a block.
+        rows = replace(rows, context_lengths=lengths, contexts=(256,) * 3, _made={})
+        out: torch.Tensor = run(q, cache, rows, scale)
+        return out
+
+    for member in MEMBERS[2:]:
+        expected = case.call(member)[0]
+        run = lambda q, cache, rows, scale, m=member: padded(q, cache, rows, scale, m.function)  # noqa: E731
+        got = case.call(Member("padded", run, GPU_ATTENTION))[0]
+        assert bits_equal(got[[0, 2]], expected[[0, 2]]), member.name
+        assert bits_equal(got[1], torch.zeros_like(got[1])), member.name
+
+
+def step_keys_spare_the_gather() -> None:
+    length = 70
+    q, k, v = numbers("fresh", 1, length, 4, 2, 32, dtypes()[0])
+    case = GpuAttentionCase(tuple((0, p) for p in range(length)), q, k, v)
+    member = Attention(chunk="gathered")
+
+    def with_step_keys(q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float) -> torch.Tensor:
+        return member(q, cache, rows, scale, key=k[0], value=v[0])
+
+    def gathered_is_a_copy(
+        q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float
+    ) -> torch.Tensor:
+        key, value, *_ = gather(cache, rows, (0,))
+        assert bits_equal(key[:length], k[0])
+        assert bits_equal(value[:length], v[0])
+        return q
+
+    case.call(Member("copy", gathered_is_a_copy, GPU_ATTENTION))
+    expected = case.call(MEMBERS[0])[0]
+    assert bits_equal(case.call(Member("step", with_step_keys, GPU_ATTENTION))[0], expected)
+
+
+def variant_kernels_are_refused() -> None:
+    """A split of the keys, and torch's own order, must be refused.
+
+    A row sum in another order moves the last bit of float32, which sixteen bits seldom show on so few
+    outputs: that
+    control belongs on the device.
+    """
+    assert not certify(ATTENTION_GPU, Member("split", _split_keys, GPU_ATTENTION), ROWS).member
+    assert not certify(ATTENTION_GPU, ATTENTION_GPU.stock, ROWS).member
+
+
+def _split_keys(q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float) -> torch.Tensor:
+    """Keys in spans of 64, each summed alone, the sums then added: what a split by load makes of them."""
+    out = torch.empty_like(q)
+    pages, begins = cache.k.shape[2], rows.begins
+    for r, n in enumerate(rows.queries):
+        context = rows.contexts[r]
+        table = rows.block_tables[r, : -(-context // pages)].long()
+        k, v = (t[table].transpose(0, 1).flatten(1, 2)[:, :context].float() for t in (cache.k, cache.v))
+        own = q[begins[r] : begins[r] + n].float().transpose(0, 1)
+        group = own.shape[0] // k.shape[0]
+        s = own.double() @ k.double().repeat_interleave(group, 0).transpose(1, 2) * scale
+        at = torch.arange(context)
+        s = s.masked_fill(at > (context - n + torch.arange(n))[:, None], float("-inf")).float()
+        p = torch.exp2((s - s.amax(-1, keepdim=True)) * 1.442695)
+        parts = [
+            p[..., a : a + 64].to(q.dtype).float() @ v.repeat_interleave(group, 0)[:, a : a + 64]
+            for a in range(0, context, 64)
+        ]
+        total = torch.stack(parts).nan_to_num().sum(0) / p.sum(-1, keepdim=True)
+        out[begins[r] : begins[r] + n] = total.transpose(0, 1).to(q.dtype)
+    return out
+
+
+def head_sizes_and_groups() -> None:
+    for H, Hkv, D in ((5, 1, 64), (4, 4, 16), (2, 1, 96), (17, 1, 16)):
+        q, k, v = numbers(f"{H}/{Hkv}/{D}", 1, 140, H, Hkv, D, dtypes()[0])
+        case = GpuAttentionCase(((0, 137), (0, 138), (0, 139), (0, 20)), q, k, v)
+        expected = case.call(MEMBERS[0])[0]
+        for member in MEMBERS[1:]:
+            assert bits_equal(case.call(member)[0], expected), (member.name, H, Hkv, D)
+
+
+def write_kv_takes_any_strides() -> None:
+    _, k, v = numbers("write", 1, 40, 2, 3, 24, dtypes()[0])
+    wide = torch.full((40, 7, 24), float("nan"), dtype=k.dtype, device=device())
+    wide[:, 1:4], wide[:, 4:] = k[0], v[0]
+    slots = torch.randperm(64, generator=torch.Generator().manual_seed(3))[:40].to(device())
+    slots[7] = -1  # a padded row
+    cache = GpuKVCache.empty(4, 3, 24, k.dtype)
+    cache.k.zero_()
+    cache.v.zero_()
+    tiles.write_kv(wide[:, 1:4], wide[:, 4:], cache, PagedRows(slots, slots, slots, slots))
+    for t, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            assert bits_equal(cache.k[slot // 16, :, slot % 16], k[0, t])
+            assert bits_equal(cache.v[slot // 16, :, slot % 16], v[0, t])
+    assert int((cache.k != 0).any(-1).any(1).sum()) == 39
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore", RuntimeWarning)  # NumPy, where an inert row divides zero by zero
+    for wanted in sys.argv[1:]:
+        globals()[wanted]()
+    assert attention_row is MEMBERS[0].function

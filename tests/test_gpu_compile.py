@@ -1,0 +1,44 @@
+"""Every GPU kernel compiles for Hopper and fits its shared memory, wherever the tests run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+_TOO_LARGE = """
+import sys
+from tests import compile_gpu_kernels as script
+compiled = script._compile_only()
+from dataclasses import replace
+from functools import partial
+from isobatch.kernels.gpu import catalogue
+from isobatch.kernels.linear.gpu_record import LINEAR
+from isobatch.kernels.linear.members import tile_named
+from isobatch.kernels.linear.triton import linear_tile
+from isobatch.kernels.registry import Member
+from isobatch.kernels.stock import STOCK
+large = Member("large", partial(linear_tile, tile=tile_named("128x256x64.8.5tp1")), STOCK)
+catalogue.GPU_RECORDS = {"linear": replace(LINEAR, members=(large,), variants=("logits/bf16",))}
+print(list(script.failures()))
+"""
+
+
+def _run(*words: str) -> subprocess.CompletedProcess[str]:
+    # The interpreter would take the compiler's place.
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_every_member_compiles_and_could_be_launched() -> None:
+    ran = _run("-m", "tests.compile_gpu_kernels")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("kernels, at most") >= 30
+
+
+def test_a_tile_that_wants_too_much_shared_memory_is_found() -> None:
+    ran = _run("-c", _TOO_LARGE)
+    assert ran.returncode == 0, ran.stderr
+    assert "linear/large at logits/bf16" in ran.stdout
+    assert "bytes of shared memory" in ran.stdout
