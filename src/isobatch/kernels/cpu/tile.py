@@ -42,6 +42,8 @@ VECTORS = 2
 COLUMNS = LANES * VECTORS
 PANEL = 32
 """Outputs in a panel of a weight: a multiple of COLUMNS on every CPU."""
+LINE = 64
+"""Bytes of a cache line."""
 
 Mode = Literal["set", "resume", "add"]
 
@@ -173,8 +175,8 @@ def _by_rows(vectors: int, mode: Mode) -> Any:
     Returns:
         A compiled helper (rows, a, a_stride, b, b_stride, count, c, c_stride).
     """
-    tile_max, tile_4, tile_3, tile_2, tile_1 = (
-        panel_product(rows, _Floats(vectors), mode) for rows in (MAX_ROWS, 4, 3, 2, 1)
+    tile_max, tile_8, tile_4, tile_3, tile_2, tile_1 = (
+        panel_product(rows, _Floats(vectors), mode) for rows in (MAX_ROWS, min(MAX_ROWS, 8), 4, 3, 2, 1)
     )
 
     @device
@@ -188,6 +190,9 @@ def _by_rows(vectors: int, mode: Mode) -> Any:
             if left >= MAX_ROWS and left - MAX_ROWS not in (1, 2):
                 tile_max(ar, a_stride, b, b_stride, 0, 0, count, cr, c_stride)
                 r += MAX_ROWS
+            elif left >= 8 and MAX_ROWS > 8:
+                tile_8(ar, a_stride, b, b_stride, 0, 0, count, cr, c_stride)
+                r += 8
             elif left >= 4:
                 tile_4(ar, a_stride, b, b_stride, 0, 0, count, cr, c_stride)
                 r += 4
@@ -202,6 +207,28 @@ def _by_rows(vectors: int, mode: Mode) -> Any:
                 r += 1
 
     return product
+
+
+@intrinsic
+def _fetch_line(_typing: Any, address: Any) -> Any:
+    """Asks for the cache line at an address, which need not be anybody's memory."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        byte = ir.PointerType(ir.IntType(8))
+        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        to_read, soon_again, data = (ir.Constant(_I32, n) for n in (0, 2, 1))
+        builder.call(fetch, [builder.inttoptr(arguments[0], byte), to_read, soon_again, data])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), generate
+
+
+@device
+def prefetch(address, count):
+    """Asks for `count` bytes that will soon be wanted, so that memory is busy while the products are."""
+    for line in range(address, address + count, LINE):
+        _fetch_line(line)
 
 
 _PAGE_VECTORS = 16 // LANES

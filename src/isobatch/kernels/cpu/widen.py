@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 
 from isobatch.kernels.coding import Q4_ZERO, Form
 from isobatch.kernels.cpu.jit import device
-from isobatch.kernels.cpu.tile import COLUMNS, LANES, PANEL, VECTORS, panel_product
+from isobatch.kernels.cpu.tile import COLUMNS, LANES, PANEL, VECTORS, panel_product, prefetch
 
 _F32 = ir.FloatType()
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -228,6 +228,17 @@ def widen(panel, k, count, j, out):
             _widen_q4(codes, panel.stride, scales, offsets, step, into)
         else:
             _widen_q4_offset(codes, panel.stride, scales, offsets, step, into)
+
+
+@device
+def fetch(panel, k, count):
+    """Asks for what `widen` will read for k .. k + count of a panel; beyond its end, of the one after it."""
+    prefetch(panel.codes + k * panel.stride, count * panel.stride)
+    if panel.group:
+        place, size = 4 * PANEL * (k // panel.group), 4 * PANEL * (count // panel.group)
+        prefetch(panel.scales + place, size)
+        if panel.form == Form.Q4_OFFSET:
+            prefetch(panel.offsets + place, size)
 
 
 @device

@@ -17,14 +17,13 @@ from numba import prange
 
 from isobatch.kernels.coding import Form
 from isobatch.kernels.cpu.jit import array, device, empty, kernel
-from isobatch.kernels.cpu.tile import COLUMNS, PANEL, multiply, multiply_add
-from isobatch.kernels.cpu.widen import FEW, Panel, multiply_few, widen
+from isobatch.kernels.cpu.tile import COLUMNS, LINE, PANEL, multiply, multiply_add
+from isobatch.kernels.cpu.widen import FEW, Panel, fetch, multiply_few, widen
 from isobatch.kernels.linear.weight import PackedWeight
 
 # A work item is one panel times this many rows: enough items for many cores, few enough to reuse the panel.
 _ROWS_PER_ITEM = 240
 _BLOCK = 256
-_LINE = 64  # bytes of a cache line: no vector of the scratch lies in two
 
 
 @device
@@ -53,8 +52,8 @@ def _multiply_panel(x, panel, y):
                 for j in range(PANEL):
                     y[r, j] = sums[r, j] if k == 0 else y[r, j] + sums[r, j]
         return
-    scratch = np.empty(0 if panel.form == Form.F32 else _BLOCK * COLUMNS + _LINE // 4, np.float32)
-    widened = (scratch.ctypes.data + _LINE - 1) // _LINE * _LINE
+    scratch = np.empty(0 if panel.form == Form.F32 else _BLOCK * COLUMNS + LINE // 4, np.float32)
+    widened = (scratch.ctypes.data + LINE - 1) // LINE * LINE  # no vector lies in two lines
     for j in range(0, PANEL, COLUMNS):
         c = y.ctypes.data + 4 * j
         for k in range(0, K, _BLOCK):
@@ -63,6 +62,7 @@ def _multiply_panel(x, panel, y):
                 b, b_stride = panel.codes + 4 * (k * PANEL + j), PANEL
             else:
                 widen(panel, k, count, j, widened)
+                fetch(panel, k + count, _BLOCK)  # after the last block: the next panel's first
                 b, b_stride = widened, COLUMNS
             if k == 0:
                 multiply(rows, a, a_stride, b, b_stride, count, c, y_stride)
