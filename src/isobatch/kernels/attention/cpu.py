@@ -20,7 +20,7 @@ from numba import prange
 from isobatch.kernels.attention.cache import KVCache
 from isobatch.kernels.cpu.elementary import LOG2_E64, exp2
 from isobatch.kernels.cpu.jit import array, device, empty, kernel
-from isobatch.kernels.cpu.tile import MAX_ROWS, multiply_page, multiply_page_resume
+from isobatch.kernels.cpu.tile import MAX_ROWS, multiply_page, multiply_page_resume, prefetch
 from isobatch.kernels.layout import PAGE, PagedRows
 
 SPAN = 128
@@ -54,6 +54,12 @@ def _softmax_span(s, n, m, lanes, acc, c):
 
 
 @device
+def _fetch_page(pages, table, index, kv_head):
+    page = pages[table[index], kv_head]
+    prefetch(page.ctypes.data, page.size * 4)
+
+
+@device
 def _attend(q, q_stride, rows, first_keys, keys_step, k, v, table, kv_head, c, out):
     """Attends `rows` query rows that share a KV head; row r sees first_keys + r * keys_step keys.
 
@@ -72,6 +78,12 @@ def _attend(q, q_stride, rows, first_keys, keys_step, k, v, table, kv_head, c, o
         active = rows - first
         p = scores.ctypes.data + 4 * first * SPAN
         for j in range(0, min(SPAN, last_keys - start), PAGE):
+            if (
+                not keys_step
+            ):  # a decode step reads each page once, and waits for memory if it does not ask ahead
+                _fetch_page(v, table, (start + j) // PAGE, kv_head)
+                if start + j + PAGE < last_keys:
+                    _fetch_page(k, table, (start + j) // PAGE + 1, kv_head)
             page = k[table[(start + j) // PAGE], kv_head].ctypes.data
             multiply_page(active, q + 4 * first * q_stride, q_stride, page, PAGE, D, p + 4 * j, SPAN)
         for r in range(first, rows):

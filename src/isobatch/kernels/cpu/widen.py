@@ -17,16 +17,13 @@ from numba.extending import intrinsic
 
 from isobatch.kernels.coding import Q4_ZERO, Form
 from isobatch.kernels.cpu.jit import device
-from isobatch.kernels.cpu.tile import COLUMNS, LANES, PANEL, VECTORS, panel_product, prefetch
+from isobatch.kernels.cpu.tile import LANES, PANEL, panel_product, prefetch
 
 _F32 = ir.FloatType()
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _FLOAT_BYTES = 4
-NIBBLES = 8
-"""Byte NIBBLES h + i of a row of 4-bit codes holds output 16 h + i (low) and 16 h + NIBBLES + i (high).
-
-So 16 neighbouring outputs, a tile of AVX2, lie in 8 bytes, and the 32 of an AVX-512 tile in 16.
-"""
+NIBBLES = PANEL // 2
+"""Byte i of a row of 4-bit codes holds output i (low) and output NIBBLES + i (high)."""
 FEW = 3
 """Rows for which each code is widened in registers as it is multiplied.
 
@@ -81,15 +78,12 @@ def _half_to_float(builder: Any, halves: Any, lanes: int) -> Any:
 
 
 class _Columns:
-    """Emits the widening of neighbouring outputs of a panel, for one k after another.
+    """Emits the widening of a panel's outputs, for one k after another."""
 
-    Args:
-        form: of the codes.
-        vectors: how many vectors of LANES outputs.
-    """
+    vectors = PANEL // LANES
 
-    def __init__(self, form: Form, vectors: int) -> None:
-        self.form, self.vectors = form, vectors
+    def __init__(self, form: Form) -> None:
+        self.form = form
 
     def before(self, builder: Any, scales: Any, offsets: Any) -> Any:
         """What stays in registers while k runs through a group: its scales, and its offsets."""
@@ -123,28 +117,26 @@ class _Columns:
         return builder.fadd(scaled, kept[1][v]) if self.form == Form.Q4_OFFSET else scaled
 
     def _nibbles(self, builder: Any, codes: Any, v: int) -> Any:
-        """The codes of the v-th vector as 32-bit integers; what vectors share is loaded once."""
-        outputs = range(v * LANES, (v + 1) * LANES)
-        where = [output // 16 * NIBBLES + output % NIBBLES for output in outputs]
-        shifts = [4 * (output % 16 // NIBBLES) for output in outputs]
-        count = max(where) + 1 - min(where)
-        stored = _load(builder, codes, min(where), ir.VectorType(_I8, count), 1)
-        picked = [index - min(where) for index in where]
-        mask = ir.Constant(ir.VectorType(_I32, LANES), picked)
-        spread = builder.shuffle_vector(stored, ir.Constant(stored.type, ir.Undefined), mask)
-        wide = builder.zext(spread, ir.VectorType(_I32, LANES))
-        shifted = builder.lshr(wide, ir.Constant(wide.type, shifts))
-        return builder.and_(shifted, _splat(_I32, 15, LANES))
+        """The codes of the v-th vector as 32-bit integers."""
+        half, first = divmod(v * LANES, NIBBLES)
+        stored = builder.zext(
+            _load(builder, codes, first, ir.VectorType(_I8, LANES), 1), ir.VectorType(_I32, LANES)
+        )
+        return (
+            builder.lshr(stored, _splat(_I32, 4, LANES))
+            if half
+            else builder.and_(stored, _splat(_I32, 15, LANES))
+        )
 
 
 def _widening(form: Form) -> Any:
-    """Makes the intrinsic that widens COLUMNS outputs of a panel over some k with one scale.
+    """Makes the intrinsic that widens a panel over some k with one scale.
 
     Returns:
         A numba intrinsic (codes, stride, scales, offsets, count, out): addresses as intp; stride between k in
-        bytes; out is float32 [count, COLUMNS].
+        bytes; out is float32 [count, PANEL].
     """
-    columns = _Columns(form, VECTORS)
+    columns = _Columns(form)
 
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         codes, stride, scales, offsets, count, out = arguments
@@ -159,7 +151,7 @@ def _widening(form: Form) -> Any:
         builder.cbranch(builder.icmp_signed("<", k, count), step, done)
 
         builder.position_at_end(step)
-        row = builder.add(out, builder.mul(k, ir.Constant(_I64, COLUMNS * _FLOAT_BYTES)))
+        row = builder.add(out, builder.mul(k, ir.Constant(_I64, PANEL * _FLOAT_BYTES)))
         for v, vector in enumerate(columns.load(builder, builder.add(codes, builder.mul(k, stride)), kept)):
             target = builder.add(row, ir.Constant(_I64, v * LANES * _FLOAT_BYTES))
             pointer = builder.inttoptr(target, ir.PointerType(vector.type))
@@ -183,7 +175,7 @@ def _fused(form: Form) -> Any:
     Returns:
         A compiled helper with the arguments of `panel_product`, after the number of rows; the chain goes on.
     """
-    columns = _Columns(form, PANEL // LANES)
+    columns = _Columns(form)
     tile_2, tile_1 = (panel_product(rows, columns, "resume") for rows in (2, 1))
 
     @device
@@ -207,17 +199,14 @@ _times_f16, _times_bf16, _times_q8, _times_q4, _times_q4_offset = map(_fused, _C
 
 
 @device
-def widen(panel, k, count, j, out):
-    """Widens outputs j .. j + COLUMNS of a panel for k .. k + count, k at the start of a group.
-
-    out is the address of float32 [count, COLUMNS].
-    """
+def widen(panel, k, count, out):
+    """Widens k .. k + count of a panel, k at the start of a group; out: address of float32 [count, PANEL]."""
     step = panel.group if panel.group else count
     for first in range(k, k + count, step):
-        codes = panel.codes + first * panel.stride + j * panel.stride // PANEL
-        place = 4 * (first // step * PANEL + j)
+        codes = panel.codes + first * panel.stride
+        place = 4 * (first // step * PANEL)
         scales, offsets = panel.scales + place, panel.offsets + place
-        into = out + 4 * (first - k) * COLUMNS
+        into = out + 4 * (first - k) * PANEL
         if panel.form == Form.F16:
             _widen_f16(codes, panel.stride, scales, offsets, step, into)
         elif panel.form == Form.BF16:

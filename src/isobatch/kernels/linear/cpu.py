@@ -52,22 +52,21 @@ def _multiply_panel(x, panel, y):
                 for j in range(PANEL):
                     y[r, j] = sums[r, j] if k == 0 else y[r, j] + sums[r, j]
         return
-    scratch = np.empty(0 if panel.form == Form.F32 else _BLOCK * COLUMNS + LINE // 4, np.float32)
+    scratch = np.empty(0 if panel.form == Form.F32 else _BLOCK * PANEL + LINE // 4, np.float32)
     widened = (scratch.ctypes.data + LINE - 1) // LINE * LINE  # no vector lies in two lines
-    for j in range(0, PANEL, COLUMNS):
-        c = y.ctypes.data + 4 * j
-        for k in range(0, K, _BLOCK):
-            count = min(_BLOCK, K - k)
-            if panel.form == Form.F32:
-                b, b_stride = panel.codes + 4 * (k * PANEL + j), PANEL
-            else:
-                widen(panel, k, count, j, widened)
-                fetch(panel, k + count, _BLOCK)  # after the last block: the next panel's first
-                b, b_stride = widened, COLUMNS
+    for k in range(0, K, _BLOCK):
+        count = min(_BLOCK, K - k)
+        block = panel.codes + 4 * k * PANEL
+        if panel.form != Form.F32:
+            block = widened
+            widen(panel, k, count, block)
+            fetch(panel, k + count, _BLOCK)  # after the last block: the next panel's first
+        for j in range(0, PANEL, COLUMNS):
+            b, c = block + 4 * j, y.ctypes.data + 4 * j
             if k == 0:
-                multiply(rows, a, a_stride, b, b_stride, count, c, y_stride)
+                multiply(rows, a, a_stride, b, PANEL, count, c, y_stride)
             else:
-                multiply_add(rows, a + 4 * k, a_stride, b, b_stride, count, c, y_stride)
+                multiply_add(rows, a + 4 * k, a_stride, b, PANEL, count, c, y_stride)
 
 
 @kernel

@@ -98,7 +98,7 @@ class PackedWeight:
             return torch.from_numpy(panels)[panel, :, column] if panels.shape[1] else None
 
         if self.coding.bits == 4:
-            at, shift = column // 16 * NIBBLES + column % NIBBLES, column % 16 // NIBBLES * 4
+            at, shift = column % NIBBLES, column // NIBBLES * 4
             codes = (torch.from_numpy(self.codes)[panel, :, at] >> shift[:, None].to(torch.uint8)) & 15
         else:
             codes = self._panels()[panel, :, column]
@@ -134,11 +134,10 @@ def _place(panels: torch.Tensor, start: int, rows: torch.Tensor) -> None:
 
 def _packed(codes: torch.Tensor) -> torch.Tensor:
     """4-bit codes [P, K, 32], two to a byte: [P, K, 16]."""
-    low, high = codes.view(*codes.shape[:2], 2, 2, NIBBLES).unbind(-2)
-    return (low | high << 4).view(*codes.shape[:2], PANEL // 2)
+    low, high = codes.view(*codes.shape[:2], 2, NIBBLES).unbind(-2)
+    return low | high << 4
 
 
 def _unpacked(codes: torch.Tensor) -> torch.Tensor:
     """The inverse of `_packed`."""
-    pairs = codes.view(*codes.shape[:2], 2, NIBBLES)
-    return torch.stack((pairs & 15, pairs >> 4), -2).view(*codes.shape[:2], PANEL)
+    return torch.cat((codes & 15, codes >> 4), -1)
