@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from isobatch.engine.sampling_params import SamplingParams
     from isobatch.engine.tokenizer import Tokenizer
 
-_PROMPT = "Tell me about Richard Feynman"
+PROMPT = "Tell me about Richard Feynman"
 _BROKEN_PROMISE = 1
 # Short on purpose: they are there to change the batch from step to step.
 _OTHERS = (
@@ -34,9 +34,9 @@ _OTHERS = (
 )
 _EXPERIMENT_CACHE = 512 << 20
 # In float32 torch's logits move by about 1e-5 with the load: too little for one of this text's 100 greedy
-# tokens to change, whose two best are further apart. So the prompt is sampled as well, with a seed found by
-# trying: of seeds 0 to 1,407 two, 130 and 799, met a tie close enough for the load to decide it.
-_SAMPLED_SEED = 130
+# tokens to change, whose two best are further apart. So the prompt is sampled as well, with a seed from
+# scripts/find_close_call.py: the two likeliest first tokens are 2e-8 apart, so that the load decides.
+_SAMPLED_SEED = 1_097_590
 _KERNELS: tuple[Kernels, ...] = ("isobatch", "stock")
 
 
@@ -45,7 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "demo",
         help="one prompt many times under changing load: how many different answers?",
-        description=f"Sends copies of {_PROMPT!r} among other prompts, at random times, to a scheduler that "
+        description=f"Sends copies of {PROMPT!r} among other prompts, at random times, to a scheduler that "
         "decides at random: at temperature 0, then sampled with a seed; with our kernels, then with torch's "
         "own. Exit code 0 only if isobatch gave one answer each time.",
     )
@@ -53,9 +53,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--copies", type=int, default=64, help="copies of the prompt (default 64)")
     parser.add_argument("--others", type=int, default=16, help="other prompts between them (default 16)")
     parser.add_argument("--max-tokens", type=int, default=100, help="length of each reply (default 100)")
-    parser.add_argument(
-        "--seed", type=int, default=_SAMPLED_SEED, help="of the sampled replies (default 130)"
-    )
+    said = f"of the sampled replies (default {_SAMPLED_SEED}, a close call)"
+    parser.add_argument("--seed", type=int, default=_SAMPLED_SEED, help=said)
     parser.add_argument("--chaos", type=int, default=0, help="seed of arrivals and scheduler (default 0)")
     parser.add_argument("--out", type=Path, help="keep the outcome, with its provenance, in this file")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
@@ -121,7 +120,7 @@ def _load_of(llm: LLM, arguments: argparse.Namespace, params: SamplingParams) ->
 
     rng = random.Random(arguments.chaos)
     return Load(
-        prompt=tokens(_PROMPT),
+        prompt=tokens(PROMPT),
         copies=arguments.copies,
         others=tuple(tokens(rng.choice(_OTHERS)) for _ in range(arguments.others)),
         params=params,
@@ -178,7 +177,7 @@ def _report(
         for name, both in outcomes.items()
     }
     return {
-        "prompt": _PROMPT,
+        "prompt": PROMPT,
         "requests": arguments.copies,
         "others": arguments.others,
         "max_tokens": arguments.max_tokens,
@@ -197,7 +196,7 @@ def _print(
     columns = [(name, kernels) for name in outcomes for kernels in _KERNELS]
     # A row per run, and headings in two lines: four columns of runs would not fit a terminal of 80.
     table = Table(
-        title=f"{_PROMPT!r}, many times under changing load", caption=f"temperature 1: with seed {seed}"
+        title=f"{PROMPT!r}, many times under changing load", caption=f"temperature 1: with seed {seed}"
     )
     for heading in ("kernels", "", "different\nanswers", "as given\nalone", "tokens/s", "recomputed"):
         table.add_column(heading, justify="left" if heading in ("kernels", "") else "right")
@@ -210,9 +209,9 @@ def _print(
     for name, kernels in columns:
         parting = _parting(outcomes[name][kernels], tokenizer)
         if parting is not None:
+            after = f", after “…{parting['after']}”" if parting["after"] else ""
             for line in (
-                f"{kernels}, {titles[name]}: first parts at token {parting['token']},",
-                f"  after:      “…{parting['after']}”",
+                f"{kernels}, {titles[name]}: first parts at token {parting['token']}{after},",
                 f"  alone:      “{parting['alone']}…”",
                 f"  under load: “{parting['loaded']}…”",
             ):
