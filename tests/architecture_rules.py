@@ -84,6 +84,7 @@ NEIGHBOURS = {
     ("kernels/gpu/catalogue.py", "*"),  # likewise, of the GPU
     ("kernels/cpu/layout.py", "linear"),  # the layout of weights is linear's
     ("kernels/cpu/layout.py", "attention"),  # and that of caches attention's
+    ("kernels/gpu/layout.py", "attention"),  # likewise on the GPU
     ("kernels/qkv/gpu_record.py", "rms_norm"),  # the fused kernel is certified against the separate ones
     ("kernels/qkv/gpu_record.py", "rotary"),
     ("kernels/embedding/cpu.py", "linear"),  # tied weights are stored once, in linear's panels

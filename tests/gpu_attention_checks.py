@@ -1,5 +1,4 @@
-"""The checks of `test_gpu_attention.py`, each runnable alone: python -m tests.gpu_attention_checks NAME
-..."""
+"""The checks of `test_gpu_attention.py`, to be run alone: python -m tests.gpu_attention_checks NAME ..."""
 
 from __future__ import annotations
 
@@ -132,8 +131,7 @@ def variant_kernels_are_refused() -> None:
     """A split of the keys, and torch's own order, must be refused.
 
     A row sum in another order moves the last bit of float32, which sixteen bits seldom show on so few
-    outputs: that
-    control belongs on the device.
+    outputs: that control belongs on the device.
     """
     assert not certify(ATTENTION_GPU, Member("split", _split_keys, GPU_ATTENTION), ROWS).member
     assert not certify(ATTENTION_GPU, ATTENTION_GPU.stock, ROWS).member

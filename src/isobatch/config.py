@@ -9,15 +9,22 @@ from typing import Any, Literal, get_args
 from isobatch.errors import ConfigError, UnknownKeyError
 
 Kernels = Literal["isobatch", "stock"]
+Device = Literal["cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+_DTYPES: dict[str, tuple[str, ...]] = {"cpu": ("float32",), "cuda": ("bfloat16", "float16")}
+_NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """How the engine uses the machine. A reply is the same whatever stands here, `kernels` aside, except that
-    `max_context` ends it.
+    """How the engine uses the machine. A reply is the same whatever stands here, except that `kernels`,
+    `device` and `dtype` name the numerics class, and `max_context` ends it.
 
     Args:
         kernels: "isobatch" for certified kernels; "stock" for torch's own, whose bits depend on the load.
+        device: "cpu", or "cuda" for an NVIDIA GPU.
+        dtype: of weights and activations: "float32" on the CPU, "bfloat16" or "float16" on a GPU; "auto" for
+            the first of these.
         kv_cache_bytes: memory for keys and values, in bytes; touched only as it fills.
         max_batch_tokens: the most tokens in one step. Longer prompts are cut into chunks.
         max_batch_sequences: the most sequences running at once.
@@ -30,6 +37,8 @@ class EngineConfig:
     """
 
     kernels: Kernels = "isobatch"
+    device: Device = "cpu"
+    dtype: Dtype = "auto"
     kv_cache_bytes: int = 1 << 30
     max_batch_tokens: int = 512
     max_batch_sequences: int = 256
@@ -40,6 +49,17 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.kernels not in get_args(Kernels):
             raise UnknownKeyError("kernels", str(self.kernels), get_args(Kernels))
+        if self.device not in get_args(Device):
+            raise UnknownKeyError("device", str(self.device), get_args(Device))
+        if self.dtype not in get_args(Dtype):
+            raise UnknownKeyError("dtype", str(self.dtype), get_args(Dtype))
+        if self.dtype not in ("auto", *_DTYPES[self.device]):
+            expected = " or ".join(_DTYPES[self.device])
+            raise ConfigError(
+                f"no kernels for this dtype on {self.device}", expected=expected, got=self.dtype
+            )
+        if self.kernels == "stock" and self.device != "cpu":
+            raise ConfigError("stock kernels run on the CPU only", fix='use device="cpu"')
         for name in ("kv_cache_bytes", "max_batch_tokens", "max_batch_sequences", "max_context"):
             value = getattr(self, name)
             if value is None and name == "max_context":
@@ -50,6 +70,16 @@ class EngineConfig:
             raise ConfigError("bad prefix_cache", expected="True or False", got=repr(self.prefix_cache))
         if not isinstance(self.policy, str):
             raise ConfigError("bad policy", expected='"fcfs" or "chaos:SEED"', got=repr(self.policy))
+
+    @property
+    def number_format(self) -> str:
+        """The dtype, with "auto" resolved."""
+        return _DTYPES[self.device][0] if self.dtype == "auto" else self.dtype
+
+    @property
+    def number_bytes(self) -> int:
+        """Of one number of that format: a weight that is not coded, a key, a value."""
+        return _NUMBER_BYTES[self.number_format]
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> EngineConfig:

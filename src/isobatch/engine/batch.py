@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import torch
 
 from isobatch.engine.request import Sequence
 from isobatch.engine.scheduler import Chunk, ScheduledStep
-from isobatch.kernels.layout import PAGE, PagedRows
+from isobatch.kernels.layout import PAGE
 from isobatch.models.inputs import Batch
+from isobatch.ops import Ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +26,12 @@ class LogitRow:
     samples: bool
 
 
-def tensor(values: list[Any], dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """A tensor on the CPU, whatever torch's defaults have been set to."""
-    return torch.tensor(values, dtype=dtype, device="cpu")
-
-
-def build_batch(step: ScheduledStep) -> tuple[Batch, list[LogitRow]]:
+def build_batch(step: ScheduledStep, ops: Ops) -> tuple[Batch, list[LogitRow]]:
     """Packs a step's chunks end to end.
 
     Args:
         step: from the scheduler.
+        ops: on whose device the batch is to be.
 
     Returns:
         The batch, and the meaning of each row of logits it asks for.
@@ -58,14 +52,9 @@ def build_batch(step: ScheduledStep) -> tuple[Batch, list[LogitRow]]:
         slots += [chunk.block_table[p // PAGE] * PAGE + p % PAGE for p in range(chunk.start, chunk.stop)]
         starts.append(len(token_ids))
     widest = max(len(chunk.block_table) for chunk in step.chunks)
-    tables = [chunk.block_table + (0,) * (widest - len(chunk.block_table)) for chunk in step.chunks]
-    rows = PagedRows(
-        tensor(starts, torch.int32),
-        tensor([chunk.stop for chunk in step.chunks], torch.int32),
-        tensor(tables, torch.int32),
-        tensor(slots),
-    )
-    batch = Batch(tensor(token_ids), tensor(positions), rows, tensor(logit_rows))
+    tables = [[*chunk.block_table, *[0] * (widest - len(chunk.block_table))] for chunk in step.chunks]
+    rows = ops.paged_rows(starts, [chunk.stop for chunk in step.chunks], tables, slots)
+    batch = Batch(ops.tensor(token_ids), ops.tensor(positions), rows, ops.tensor(logit_rows))
     return batch, meanings
 
 

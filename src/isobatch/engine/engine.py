@@ -82,7 +82,7 @@ def check_settings(model: ModelConfig, config: EngineConfig) -> None:
         ConfigError: the KV cache holds no block, the policy is unknown, or the context is beyond the model's.
     """
     policy_from_name(config.policy)
-    kv_blocks(model, config.kv_cache_bytes)
+    kv_blocks(model, config.kv_cache_bytes, config.number_bytes)
     longest = model.context_length
     if config.max_context is not None and config.max_context > longest:
         raise ConfigError(
@@ -127,7 +127,8 @@ class Engine:
         self.config = config
         self.fingerprint = fingerprint
         self.max_context = config.max_context or decoder.config.context_length
-        self._caches = decoder.kv_caches(kv_blocks(decoder.config, config.kv_cache_bytes))
+        self._blocks = kv_blocks(decoder.config, config.kv_cache_bytes, config.number_bytes)
+        self._caches = decoder.kv_caches(self._blocks)
         self._eos = frozenset(tokenizer.eos_token_ids if tokenizer else decoder.config.eos_token_ids)
         self._requests: dict[int, _Request] = {}
         self._ids = itertools.count()
@@ -136,7 +137,7 @@ class Engine:
     def _start_over(self) -> None:
         """Makes the bookkeeping anew, and queues every live request from its beginning."""
         self._torn = True
-        self.pool = BlockPool(kv_blocks(self.decoder.config, self.config.kv_cache_bytes), PAGE)
+        self.pool = BlockPool(self._blocks, PAGE)
         self.scheduler = Scheduler(
             self.pool,
             PrefixCache(self.pool) if self.config.prefix_cache else None,
@@ -297,7 +298,7 @@ class Engine:
         if step is None:
             return []
         # Nothing changes in here, and most of the time is spent here: a step that failed is planned again.
-        batch, meanings = build_batch(step)
+        batch, meanings = build_batch(step, self.decoder.ops)
         results = self._read(self.decoder(batch, self._caches), meanings)
         self._torn = True
         self.scheduler.commit(step)

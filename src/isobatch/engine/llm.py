@@ -11,18 +11,16 @@ from typing import Any
 from rich.console import Console
 
 from isobatch.config import EngineConfig
+from isobatch.engine.backend import make_ops, numerics, require_memory
 from isobatch.engine.engine import Engine, check_settings
 from isobatch.engine.inputs import Message, Prompt, as_config, as_conversations, as_params, as_prompts
-from isobatch.engine.memory import available_bytes, require, weight_bytes
 from isobatch.engine.output import Reply
 from isobatch.engine.progress import Bar
 from isobatch.engine.sampling_params import SamplingParams
 from isobatch.engine.tokenizer import load_tokenizer
 from isobatch.errors import IntegrityError, InvalidSamplingError, PromptError
 from isobatch.models.checkpoint import open_checkpoint
-from isobatch.models.loading import coded_bytes, load_decoder
-from isobatch.ops import certified_ops, stock_ops
-from isobatch.ops.fingerprint import fingerprint
+from isobatch.models.loading import load_decoder
 
 
 class LLM:
@@ -65,16 +63,14 @@ class LLM:
         checkpoint = open_checkpoint(model)
         try:
             check_settings(checkpoint.config, self.config)
-            ours = self.config.kernels == "isobatch"
-            weights = coded_bytes(checkpoint) if ours else weight_bytes(checkpoint.config)
-            require(weights, self.config.kv_cache_bytes, available_bytes())
+            require_memory(self.config, checkpoint)
             self.tokenizer = load_tokenizer(checkpoint.path, checkpoint.config)
-            ops = certified_ops() if ours else stock_ops()
+            ops = make_ops(self.config, checkpoint.config)
             with Bar(self._console, "loading", "layers", enabled=progress is not False) as bar:
                 decoder = load_decoder(checkpoint, ops, bar)
         finally:
             checkpoint.close()
-        self.fingerprint = fingerprint() if ours else None
+        self.fingerprint = numerics(self.config)
         self.engine = Engine(decoder, self.tokenizer, self.config, self.fingerprint)
 
     def generate(

@@ -32,28 +32,29 @@ def available_bytes(
     return min(found, default=None)
 
 
-def weight_bytes(config: ModelConfig) -> int:
-    """Bytes of a model's weights as float32, however they are stored."""
-    return sum(math.prod(shape) for shape in expected_tensors(config).values()) * _FLOAT_BYTES
+def weight_bytes(config: ModelConfig, number_bytes: int = _FLOAT_BYTES) -> int:
+    """Bytes of a model's weights as plain numbers of a size, however they are stored."""
+    return sum(math.prod(shape) for shape in expected_tensors(config).values()) * number_bytes
 
 
-def block_bytes(config: ModelConfig) -> int:
+def block_bytes(config: ModelConfig, number_bytes: int = _FLOAT_BYTES) -> int:
     """Bytes of one KV block of 16 tokens, over all layers, keys and values."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_size * PAGE * _FLOAT_BYTES
+    return 2 * config.num_layers * config.num_kv_heads * config.head_size * PAGE * number_bytes
 
 
-def kv_blocks(config: ModelConfig, kv_cache_bytes: int) -> int:
+def kv_blocks(config: ModelConfig, kv_cache_bytes: int, number_bytes: int = _FLOAT_BYTES) -> int:
     """How many KV blocks an amount of memory holds.
 
     Raises:
         ConfigError: not even one.
     """
-    blocks = kv_cache_bytes // block_bytes(config)
+    blocks = kv_cache_bytes // block_bytes(config, number_bytes)
     if blocks < 1:
         raise ConfigError(
             "the KV cache is too small for a single block",
-            expected=f"at least {block_bytes(config)} bytes: 2 (k and v) x {config.num_layers} layers x "
-            f"{config.num_kv_heads} heads x {config.head_size} x {PAGE} tokens x {_FLOAT_BYTES} bytes",
+            expected=f"at least {block_bytes(config, number_bytes)} bytes: 2 (k and v) x "
+            f"{config.num_layers} layers x {config.num_kv_heads} heads x {config.head_size} x {PAGE} tokens "
+            f"x {number_bytes} bytes",
             got=f"kv_cache_bytes={kv_cache_bytes}",
             fix="raise kv_cache_bytes",
         )

@@ -7,7 +7,6 @@ from collections.abc import Sequence as Rows
 
 import torch
 
-from isobatch.engine.batch import tensor
 from isobatch.engine.output import TokenLogProbs
 from isobatch.engine.request import Sequence
 from isobatch.kernels.sampling.cpu import PenaltyRows, SamplingRows
@@ -30,16 +29,17 @@ def choose(ops: Ops, logits: torch.Tensor, sequences: Rows[Sequence]) -> list[in
     """
     params = [sequence.params for sequence in sequences]
     if any(_penalized(sequence) for sequence in sequences):
-        logits = ops.penalize(logits, _penalty_rows(sequences))
+        logits = ops.penalize(logits, _penalty_rows(ops, sequences))
     rows = SamplingRows(
-        temperature=tensor([p.temperature for p in params], torch.float32),
-        top_k=tensor([p.top_k for p in params]),
-        top_p=tensor([p.top_p for p in params], torch.float32),
-        min_p=tensor([p.min_p for p in params], torch.float32),
-        seed=tensor([_signed(sequence.seed) for sequence in sequences]),
-        position=tensor([len(sequence) for sequence in sequences]),
+        temperature=ops.tensor([p.temperature for p in params], torch.float32),
+        top_k=ops.tensor([p.top_k for p in params]),
+        top_p=ops.tensor([p.top_p for p in params], torch.float32),
+        min_p=ops.tensor([p.min_p for p in params], torch.float32),
+        seed=ops.tensor([_signed(sequence.seed) for sequence in sequences]),
+        position=ops.tensor([len(sequence) for sequence in sequences]),
     )
-    return [int(token) for token in ops.sample(logits, rows)]
+    tokens: list[int] = ops.sample(logits, rows).tolist()
+    return tokens
 
 
 def log_probs(ops: Ops, logits: torch.Tensor, asked: Rows[tuple[int, int]]) -> list[TokenLogProbs]:
@@ -51,7 +51,7 @@ def log_probs(ops: Ops, logits: torch.Tensor, asked: Rows[tuple[int, int]]) -> l
         asked: for each row the token, and how many of the likeliest to report; at most V are.
     """
     most = min(max(count for _, count in asked), logits.shape[1])
-    found = ops.top_log_probs(logits, tensor([token for token, _ in asked]), most)
+    found = ops.top_log_probs(logits, ops.tensor([token for token, _ in asked]), most)
     ids, values = found.ids.tolist(), found.log_probs.tolist()
     return [
         TokenLogProbs(
@@ -74,7 +74,7 @@ def _penalized(sequence: Sequence) -> bool:
     return p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
 
 
-def _penalty_rows(sequences: Rows[Sequence]) -> PenaltyRows:
+def _penalty_rows(ops: Ops, sequences: Rows[Sequence]) -> PenaltyRows:
     seen: list[dict[int, int]] = []
     for sequence in sequences:
         counts: dict[int, int] = {}
@@ -84,9 +84,9 @@ def _penalty_rows(sequences: Rows[Sequence]) -> PenaltyRows:
     widest = max(1, *map(len, seen))
     params = [sequence.params for sequence in sequences]
     return PenaltyRows(
-        ids=tensor([[*c, *[-1] * (widest - len(c))] for c in seen]),
-        counts=tensor([[*c.values(), *[0] * (widest - len(c))] for c in seen]),
-        repetition=tensor([p.repetition_penalty for p in params], torch.float32),
-        presence=tensor([p.presence_penalty for p in params], torch.float32),
-        frequency=tensor([p.frequency_penalty for p in params], torch.float32),
+        ids=ops.tensor([[*c, *[-1] * (widest - len(c))] for c in seen]),
+        counts=ops.tensor([[*c.values(), *[0] * (widest - len(c))] for c in seen]),
+        repetition=ops.tensor([p.repetition_penalty for p in params], torch.float32),
+        presence=ops.tensor([p.presence_penalty for p in params], torch.float32),
+        frequency=ops.tensor([p.frequency_penalty for p in params], torch.float32),
     )

@@ -67,4 +67,4 @@ class Decoder:
         # Only rows that sample go further: the output projection is the widest of all.
         x, residual = x[batch.logit_rows], residual[batch.logit_rows] if residual is not None else None
         x, _ = ops.rms_norm(x, self.final_norm.weight, self.final_norm.eps, residual)
-        return ops.linear(x, self.output)
+        return ops.logits(x, self.output)

@@ -28,7 +28,7 @@ class Norm:
     """An RMS norm.
 
     Args:
-        weight: float32 [K].
+        weight: [K], in the dtype of the ops.
         eps: added to the mean square.
     """
 
@@ -43,9 +43,9 @@ class Attention:
     Args:
         qkv: [(H + 2 Hkv) D, hidden]: queries, keys and values side by side. One product instead of three
             gives the same bits, because each output is a sum of its own.
-        qkv_bias: float32 [(H + 2 Hkv) D], or None.
+        qkv_bias: [(H + 2 Hkv) D], or None.
         out: [hidden, H D].
-        out_bias: float32 [hidden], or None.
+        out_bias: [hidden], or None.
         q_norm: over each query head (Qwen3), or None.
         k_norm: over each key head, or None.
         heads: H.
@@ -64,23 +64,23 @@ class Attention:
     head_size: int
 
     def __call__(self, ops: Ops, x: torch.Tensor, batch: Batch, cache: Cache, rotary: Rotary) -> torch.Tensor:
-        """x, float32 [T, hidden], attended; stores this step's keys and values in the cache."""
-        heads, kv_heads = self.heads, self.kv_heads
-        packed = ops.linear(x, self.qkv, self.qkv_bias).view(x.shape[0], -1, self.head_size)
-        turned, v = packed.split_with_sizes((heads + kv_heads, kv_heads), 1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = turned.split_with_sizes((heads, kv_heads), 1)
-            turned = torch.cat((_normed(ops, q, self.q_norm), _normed(ops, k, self.k_norm)), 1)
-        turned = ops.rotary(turned, batch.positions, rotary.cos, rotary.sin)
-        q, k = turned.split_with_sizes((heads, kv_heads), 1)
-        ops.write_kv(k, v, cache, batch.rows)
+        """x, [T, hidden], attended; stores this step's keys and values in the cache."""
+        qkv = ops.linear(x, self.qkv, self.qkv_bias)
+        q_norm, k_norm = self.q_norm, self.k_norm
+        q = ops.qk_norm_rotary_write(
+            qkv,
+            self.heads,
+            batch.positions,
+            rotary.cos,
+            rotary.sin,
+            cache,
+            batch.rows,
+            None if q_norm is None else q_norm.weight,
+            None if k_norm is None else k_norm.weight,
+            0.0 if q_norm is None else q_norm.eps,
+        )
         attended = ops.attention(q, cache, batch.rows, 1 / math.sqrt(self.head_size))
         return ops.linear(attended.flatten(1), self.out, self.out_bias)
-
-
-def _normed(ops: Ops, heads: torch.Tensor, norm: Norm) -> torch.Tensor:
-    """Each head of [T, H, D] normalised on its own."""
-    return ops.rms_norm(heads.flatten(0, 1), norm.weight, norm.eps)[0].view(heads.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class MLP:
     down: Weight
 
     def __call__(self, ops: Ops, x: torch.Tensor) -> torch.Tensor:
-        """x, float32 [T, hidden], transformed."""
+        """x, [T, hidden], transformed."""
         return ops.linear(ops.silu_and_mul(ops.linear(x, self.gate_up)), self.down)
 
 

@@ -56,8 +56,10 @@ def load_decoder(checkpoint: Checkpoint, ops: Ops, progress: Progress = lambda _
         layers.append(_layer(checkpoint, ops, f"model.layers.{i}."))
         progress(i + 1, config.num_layers)
     output = embedding if config.tie_embeddings else _matrix(checkpoint, ops, "lm_head.weight")
-    final_norm = Norm(checkpoint.read("model.norm.weight"), config.rms_norm_eps)
-    return Decoder(config, ops, embedding, tuple(layers), final_norm, output, rotary_for(config))
+    final_norm = Norm(ops.parameter(checkpoint.read("model.norm.weight")), config.rms_norm_eps)
+    angles = rotary_for(config)
+    rotary = Rotary(angles.cos.to(ops.device), angles.sin.to(ops.device))
+    return Decoder(config, ops, embedding, tuple(layers), final_norm, output, rotary)
 
 
 def rotary_for(config: ModelConfig) -> Rotary:
@@ -122,13 +124,13 @@ def _layer(checkpoint: Checkpoint, ops: Ops, prefix: str) -> Layer:
     config = checkpoint.config
 
     def norm(name: str) -> Norm:
-        return Norm(checkpoint.read(f"{prefix}{name}.weight"), config.rms_norm_eps)
+        return Norm(ops.parameter(checkpoint.read(f"{prefix}{name}.weight")), config.rms_norm_eps)
 
     def matrix(*names: str) -> Weight:
         return _matrix(checkpoint, ops, *(f"{prefix}{name}.weight" for name in names))
 
     def bias(*names: str) -> torch.Tensor:
-        return torch.cat([checkpoint.read(f"{prefix}{name}.bias") for name in names])
+        return ops.parameter(torch.cat([checkpoint.read(f"{prefix}{name}.bias") for name in names]))
 
     attention = Attention(
         qkv=matrix(*_QKV),

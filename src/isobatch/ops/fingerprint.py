@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.resources import files
 
 from isobatch.bits import digest
 from isobatch.kernels.catalogue import RECORDS
+from isobatch.kernels.registry import OpRecord
 
 NUMERICS_VERSION = 1
 """Raised with every change that moves a bit; the CHANGELOG says why."""
@@ -30,7 +31,10 @@ def golden_digests() -> dict[str, str]:
     return dict(json.loads(text))
 
 
-def computed_digests(progress: Callable[[str], None] = lambda _name: None) -> dict[str, str]:
+def computed_digests(
+    progress: Callable[[str], None] = lambda _name: None,
+    records: Mapping[str, OpRecord] = RECORDS,
+) -> dict[str, str]:
     """The same digests, computed on this machine by the production members.
 
     Variants whose weight is coded have none: a coded weight has no bits of its own to pin down, only those of
@@ -38,9 +42,10 @@ def computed_digests(progress: Callable[[str], None] = lambda _name: None) -> di
 
     Args:
         progress: told each name before it is computed.
+        records: whose.
     """
     computed = {}
-    for record in RECORDS.values():
+    for record in records.values():
         for variant in record.variants:
             if variant in record.coded:
                 continue
@@ -58,10 +63,21 @@ def fingerprint() -> str:
     Returns:
         "iso-" and 16 hexadecimal digits.
     """
+    return fingerprint_of(ARCHITECTURE, DTYPE, golden_digests())
+
+
+def fingerprint_of(architecture: str, dtype: str, digests: Mapping[str, str]) -> str:
+    """Names the numerics class of an architecture family and a dtype in which ops give these bits.
+
+    Args:
+        architecture: such as "cpu-ieee754" or "sm90".
+        dtype: of weights and activations.
+        digests: by "op/variant".
+    """
     content = {
-        "architecture": ARCHITECTURE,
-        "dtype": DTYPE,
+        "architecture": architecture,
+        "dtype": dtype,
         "numerics_version": NUMERICS_VERSION,
-        "golden": golden_digests(),
+        "golden": dict(digests),
     }
     return "iso-" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -14,35 +14,39 @@ from typing import Any, cast
 import torch
 
 from isobatch.errors import ShapeError
-from isobatch.kernels.attention.cpu import write_kv
-from isobatch.kernels.attention.stock import write_kv as stock_write_kv
-from isobatch.kernels.catalogue import RECORDS
-from isobatch.kernels.coding import Coding
-from isobatch.kernels.cpu.layout import CPU
-from isobatch.kernels.layout import PAGE, Cache, Layout, PagedRows, Weight
+from isobatch.kernels.layout import Cache, Layout, PagedRows, Weight
 from isobatch.kernels.log_probs.cpu import TopLogProbs
 from isobatch.kernels.sampling.cpu import PenaltyRows, SamplingRows
-from isobatch.kernels.stock import STOCK
 from isobatch.ops import check
-from isobatch.ops.environment import require_ieee
+from isobatch.ops.memory import CPU_DEVICE, Memory
 
 Observer = Callable[[str, Mapping[str, Any], Any], None]
 """Called after each op with its name, its arguments by name and its result. It must change none of them."""
 
 
-class Ops:
+class Ops(Memory):
     """Every number above this row comes from here.
 
     Args:
         name: "isobatch" or "stock".
         table: the function of each op.
         layout: how those functions want weights and caches.
+        dtype: of weights and activations.
+        device: of all tensors.
     """
 
-    def __init__(self, name: str, table: Mapping[str, Callable[..., Any]], layout: Layout) -> None:
+    def __init__(
+        self,
+        name: str,
+        table: Mapping[str, Callable[..., Any]],
+        layout: Layout,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = CPU_DEVICE,
+    ) -> None:
+        super().__init__(layout, dtype, device)
         self.name = name
+        self._check = check.Check(dtype, device.type)
         self._table = dict(table)
-        self._layout = layout
         self._observers: list[Observer] = []
 
     @contextmanager
@@ -60,23 +64,6 @@ class Ops:
             observer(op, arguments, result)
         return result
 
-    def weight(self, outputs: int, inputs: int, coding: Coding) -> Weight:
-        """An empty weight [outputs, inputs] in the layout of these kernels, to be filled by `put`.
-
-        Stock kernels have it widened; ours keep it in its coding, which changes no bit.
-        """
-        return self._layout.weight.empty(outputs, inputs, coding)
-
-    def kv_cache(self, blocks: int, kv_heads: int, head_size: int) -> Cache:
-        """An empty cache for one layer, of blocks of 16 tokens.
-
-        Raises:
-            ShapeError: the head size is no multiple of 16.
-        """
-        if head_size % PAGE:
-            raise ShapeError("attention: unsupported head size", expected="a multiple of 16", got=head_size)
-        return self._layout.cache.empty(blocks, kv_heads, head_size)
-
     def embedding(self, token_ids: torch.Tensor, weight: Weight) -> torch.Tensor:
         """Rows of a weight.
 
@@ -93,7 +80,7 @@ class Ops:
         Determinism:
             A copy.
         """
-        check.integers("embedding", "token_ids", token_ids, None, below=weight.outputs)
+        self._check.integers("embedding", "token_ids", token_ids, None, below=weight.outputs)
         return cast(torch.Tensor, self._run("embedding", token_ids=token_ids, weight=weight))
 
     def linear(self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -113,10 +100,29 @@ class Ops:
         Determinism:
             Row t depends on x[t], the weight and the bias alone (kernels/linear/cpu.py).
         """
-        check.floats("linear", "x", x, None, weight.inputs)
+        self._check.floats("linear", "x", x, None, weight.inputs)
         if bias is not None:
-            check.floats("linear", "bias", bias, weight.outputs)
+            self._check.floats("linear", "bias", bias, weight.outputs)
         return cast(torch.Tensor, self._run("linear", x=x, weight=weight, bias=bias))
+
+    def logits(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+        """The output projection, whose results are float32 whatever the model's dtype.
+
+        Args:
+            x: [T, K] of the model's dtype, any strides.
+            weight: [V, K].
+
+        Returns:
+            float32 [T, V], contiguous.
+
+        Raises:
+            ShapeError, UnsupportedOpError: an argument of the wrong shape, dtype or device.
+
+        Determinism:
+            As `linear`: the sum is the same, and not rounded to the dtype after it.
+        """
+        self._check.floats("logits", "x", x, None, weight.inputs)
+        return cast(torch.Tensor, self._run("logits", x=x, weight=weight))
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
@@ -138,10 +144,10 @@ class Ops:
         Determinism:
             Row t depends on row t of the inputs alone (kernels/rms_norm/cpu.py).
         """
-        check.floats("rms_norm", "x", x, None, *weight.shape)
-        check.floats("rms_norm", "weight", weight, None)
+        self._check.floats("rms_norm", "x", x, None, *weight.shape)
+        self._check.floats("rms_norm", "weight", weight, None)
         if residual is not None:
-            check.floats("rms_norm", "residual", residual, *x.shape)
+            self._check.floats("rms_norm", "residual", residual, *x.shape)
         result = self._run("rms_norm", x=x, weight=weight, eps=eps, residual=residual)
         return cast(tuple[torch.Tensor, torch.Tensor], result)
 
@@ -165,10 +171,10 @@ class Ops:
         Determinism:
             Row t depends on x[t] and positions[t] alone (kernels/rotary/cpu.py).
         """
-        check.floats("rotary", "cos", cos, None, None)
-        check.floats("rotary", "x", x, None, None, 2 * cos.shape[1])
-        check.integers("rotary", "positions", positions, x.shape[0], below=cos.shape[0])
-        check.floats("rotary", "sin", sin, *cos.shape)
+        self._check.float32("rotary", "cos", cos, None, None)
+        self._check.floats("rotary", "x", x, None, None, 2 * cos.shape[1])
+        self._check.integers("rotary", "positions", positions, x.shape[0], below=cos.shape[0])
+        self._check.float32("rotary", "sin", sin, *cos.shape)
         return cast(torch.Tensor, self._run("rotary", x=x, positions=positions, cos=cos, sin=sin))
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -186,7 +192,7 @@ class Ops:
         Determinism:
             Elementwise (kernels/activation/cpu.py).
         """
-        check.floats("silu_and_mul", "gate_up", gate_up, None, None)
+        self._check.floats("silu_and_mul", "gate_up", gate_up, None, None)
         if gate_up.shape[1] % 2:
             raise ShapeError("silu_and_mul: wrong width", expected="an even number", got=gate_up.shape[1])
         return cast(torch.Tensor, self._run("silu_and_mul", gate_up=gate_up))
@@ -206,9 +212,75 @@ class Ops:
         Determinism:
             A copy.
         """
-        check.floats("write_kv", "key", key, None, None, None)
-        check.floats("write_kv", "value", value, *key.shape)
+        self._check.floats("write_kv", "key", key, None, None, None)
+        self._check.floats("write_kv", "value", value, *key.shape)
         self._run("write_kv", key=key, value=value, cache=cache, rows=rows)
+
+    def qk_norm_rotary_write(
+        self,
+        qkv: torch.Tensor,
+        heads: int,
+        positions: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        cache: Cache,
+        rows: PagedRows,
+        q_weight: torch.Tensor | None = None,
+        k_weight: torch.Tensor | None = None,
+        eps: float = 0.0,
+    ) -> torch.Tensor:
+        """From a layer's projection to what attention needs: normalises, turns, stores keys and values.
+
+        Args:
+            qkv: [T, (H + 2 Hkv) D] of the model's dtype.
+            heads: H.
+            positions: int64 [T], each in [0, C).
+            cos: float32 [C, D/2].
+            sin: float32 [C, D/2].
+            cache: of the layer; gets the keys and values.
+            rows: where each row's go.
+            q_weight: [D], of the norm over each query head, or None for models without.
+            k_weight: [D], likewise; both or none.
+            eps: of the norms.
+
+        Returns:
+            The queries, [T, H, D].
+
+        Raises:
+            ShapeError, UnsupportedOpError: an argument of the wrong shape, dtype or device.
+
+        Determinism:
+            As the chain of `rms_norm`, `rotary` and `write_kv`, bit for bit; where no kernel fuses them, that
+            chain is what runs.
+        """
+        T, D = qkv.shape[0], 2 * cos.shape[1]
+        if "qk_norm_rotary_write" not in self._table:
+            packed = qkv.view(T, -1, D)
+            kv_heads = (packed.shape[1] - heads) // 2
+            turned, v = packed.split_with_sizes((heads + kv_heads, kv_heads), 1)
+            if q_weight is not None and k_weight is not None:
+                q, k = turned.split_with_sizes((heads, kv_heads), 1)
+                parts = [
+                    self.rms_norm(part.flatten(0, 1), weight, eps)[0].view(part.shape)
+                    for part, weight in ((q, q_weight), (k, k_weight))
+                ]
+                turned = torch.cat(parts, 1)
+            turned = self.rotary(turned, positions, cos, sin)
+            q, k = turned.split_with_sizes((heads, kv_heads), 1)
+            self.write_kv(k, v, cache, rows)
+            return q
+        self._check.floats("qk_norm_rotary_write", "qkv", qkv, None, None)
+        self._check.integers("qk_norm_rotary_write", "positions", positions, T, below=cos.shape[0])
+        for name, table in (("cos", cos), ("sin", sin)):
+            self._check.float32("qk_norm_rotary_write", name, table, None, D // 2)
+        for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+            if weight is not None:
+                self._check.floats("qk_norm_rotary_write", name, weight, D)
+        result = self._run(
+            "qk_norm_rotary_write", qkv=qkv, positions=positions, cos=cos, sin=sin, cache=cache, rows=rows,
+            q_weight=q_weight, k_weight=k_weight, eps=eps,
+        )  # fmt: skip
+        return cast(torch.Tensor, result)
 
     def attention(self, q: torch.Tensor, cache: Cache, rows: PagedRows, scale: float) -> torch.Tensor:
         """Causal grouped-query attention over paged keys and values.
@@ -229,7 +301,7 @@ class Ops:
             Row t depends on its query, and its request's keys and values up to its position: not on the
             block table, the chunk it came in, or whether it is prefill or decode (kernels/attention/cpu.py).
         """
-        check.floats("attention", "q", q, None, None, None)
+        self._check.floats("attention", "q", q, None, None, None)
         return cast(torch.Tensor, self._run("attention", q=q, cache=cache, rows=rows, scale=scale))
 
     def log_softmax(self, logits: torch.Tensor) -> torch.Tensor:
@@ -247,7 +319,7 @@ class Ops:
         Determinism:
             Row s depends on logits[s] alone (kernels/log_probs/cpu.py).
         """
-        check.floats("log_softmax", "logits", logits, None, None)
+        self._check.float32("log_softmax", "logits", logits, None, None)
         return cast(torch.Tensor, self._run("log_softmax", logits=logits))
 
     def top_log_probs(self, logits: torch.Tensor, chosen: torch.Tensor, count: int) -> TopLogProbs:
@@ -267,8 +339,8 @@ class Ops:
         Determinism:
             Row s depends on logits[s], chosen[s] and count alone; a token's value not on count.
         """
-        check.floats("top_log_probs", "logits", logits, None, None)
-        check.integers("top_log_probs", "chosen", chosen, len(logits), below=logits.shape[1])
+        self._check.float32("top_log_probs", "logits", logits, None, None)
+        self._check.integers("top_log_probs", "chosen", chosen, len(logits), below=logits.shape[1])
         if not 0 <= count <= logits.shape[1]:
             raise ShapeError("top_log_probs: bad count", expected=f"0..{logits.shape[1]}", got=count)
         return cast(TopLogProbs, self._run("top_log_probs", logits=logits, chosen=chosen, count=count))
@@ -289,7 +361,7 @@ class Ops:
         Determinism:
             Row s depends on row s of the inputs alone.
         """
-        check.floats("penalize", "logits", logits, None, None)
+        self._check.float32("penalize", "logits", logits, None, None)
         check.rows("penalize", rows, len(logits))
         return cast(torch.Tensor, self._run("penalize", logits=logits, rows=rows))
 
@@ -309,26 +381,6 @@ class Ops:
         Determinism:
             Row s depends on logits[s] and its parameters, seed and position alone.
         """
-        check.floats("sample", "logits", logits, None, None)
+        self._check.float32("sample", "logits", logits, None, None)
         check.rows("sample", rows, len(logits))
         return cast(torch.Tensor, self._run("sample", logits=logits, rows=rows))
-
-
-def certified_ops() -> Ops:
-    """The production members of every record: bits that depend on the request alone.
-
-    Raises:
-        FloatEnvironmentError: this process flushes subnormal numbers, so its bits would be others.
-
-    Determinism:
-        Each op states its own; the members of an op agree to the bit, so which one serves is of no account.
-    """
-    require_ieee()
-    table = {name: record.member(record.production).function for name, record in RECORDS.items()}
-    return Ops("isobatch", {**table, "write_kv": write_kv}, CPU)
-
-
-def stock_ops() -> Ops:
-    """torch's own kernels, for comparison: bits that depend on the load."""
-    table = {name: record.stock.function for name, record in RECORDS.items()}
-    return Ops("stock", {**table, "write_kv": stock_write_kv}, STOCK)

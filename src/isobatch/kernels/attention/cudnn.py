@@ -1,10 +1,9 @@
 """cuDNN's fused attention as a member: one fresh prompt at a time, at the library's own speed.
 
 Its order is what `triton.py` writes down. That it still is, for this version, head size and dtype, is
-certified
-on this machine before it serves (`gpu_record.certify_library`); where it is not, our own members serve the
-same bits. Its ragged form
-and its decode kernel, which splits the keys, are not members and are never called.
+certified on this machine before it serves (`gpu_record.certify_library`); where it is not, our own members
+serve the same bits. Its ragged form and its decode kernel, which splits the keys, are not members and are
+never called.
 
 Shape letters: T query rows, H heads, Hkv key/value heads, D head size.
 """
@@ -45,8 +44,8 @@ def attention_cudnn(
     Determinism:
         As the members of `triton.py`, bit for bit, wherever certified and all values are finite. A NaN or an
         infinity among a prompt's values may reach rows up to 127 places before it: the library multiplies
-        what
-        it has masked by zero. Such a request's own last row is NaN too, so that it fails whoever serves it.
+        what it has masked by zero. Such a request's own last row is NaN too, so that it fails whoever serves
+        it.
     """
     for r in chosen:
         begin, n = rows.begins[r], rows.queries[r]

@@ -46,9 +46,8 @@ def gather(
         chosen: the requests.
 
     Returns:
-        (keys, values, origins, origins): [N, Hkv, D] each, a view whose heads lie one after another; the
-        row with
-        each chosen request's position 0, as plain ints and as int32 [R] on the device.
+        (keys, values, origins, origins): [N, Hkv, D] each, a view whose heads lie one after another; the row
+        with each chosen request's position 0, as plain ints and as int32 [R] on the device.
     """
     _, kv_heads, _, D = cache.k.shape
     firsts, total, longest = [0] * len(rows.queries), 0, 0

@@ -1,5 +1,4 @@
-"""Attention's record on the GPU: the CPU's cases in the GPU's dtypes, over caches that start out as
-garbage."""
+"""Attention's record on the GPU: the CPU's cases in the GPU's dtypes, over caches that begin as garbage."""
 
 from __future__ import annotations
 

@@ -4,19 +4,16 @@ Shape letters: R requests, T query rows, Hkv key/value heads, G query heads per 
 
 A launcher may not read device memory: that would stall the queue, and a CUDA graph could not be captured. So
 `GpuPagedRows` carries, beside the tensors of `PagedRows`, the lengths as plain ints. They decide which
-members
-run and how large their grids are, never what a row's bits are: every choice among members is certified.
+members run and how large their grids are, never what a row's bits are: every choice among members is
+certified.
 
 - Requests with one query are decode steps. Their kernels take the length from `context_lengths`, on the
-  device,
-  so the plain int needs only be an upper bound: a CUDA graph is captured once with the largest context it
-  will
-  see, and replayed with any. A padded request has context length 0; its row is inert and comes out as zeros.
+  device, so the plain int needs only be an upper bound: a CUDA graph is captured once with the largest
+  context it will see, and replayed with any. A padded request has context length 0; its row is inert and
+  comes out as zeros.
 - Requests with several queries are chunks. They are cut into tiles of query rows, and the list of all
-  requests'
-  tiles, longest first so that no straggler is left at the end, is made here from the plain ints and copied
-  once
-  for all layers. So many ragged requests fill the GPU with no program that has nothing to do.
+  requests' tiles, longest first so that no straggler is left at the end, is made here from the plain ints and
+  copied once for all layers. So many ragged requests fill the GPU with no program that has nothing to do.
 """
 
 from __future__ import annotations
@@ -65,8 +62,7 @@ class GpuPagedRows(PagedRows):
     Args:
         queries: query rows of each request; 0 and padded requests are allowed.
         contexts: keys of each request, its queries' own included: exact for a request with several queries,
-        an
-            upper bound for one with a single query.
+            an upper bound for one with a single query.
     """
 
     queries: tuple[int, ...]

@@ -1,8 +1,7 @@
 """Which member serves, by a written rule over plain ints: query counts, context lengths, number of requests.
 
 The rule can be wrong about speed and cannot be wrong about bits, because whatever it picks is certified.
-Figures
-behind it: one H200, 32 heads over 8, head size 128, bf16.
+It was fitted on one H200: 32 heads over 8, head size 128, bf16.
 
 Decode, by programs = requests x key/value heads:
 - few programs and long contexts: the three phases, which share one request's keys among programs;
@@ -70,7 +69,7 @@ class Attention:
             rows: whose queries these are.
             scale: of the scores, positive.
             key: the step's own keys [T, Hkv, D], which spare a copy out of the cache for fresh prompts; or
-            None.
+                None.
             value: likewise.
 
         Returns:

@@ -1,23 +1,19 @@
 """Paged attention on the GPU, in the order of cuDNN's fused attention on Hopper.
 
 Written order, for a query at position p, a function of p and the keys and values 0..p alone. Storage is
-bf16 or
-fp16; everything else is float32 with subnormal numbers flushed:
+bf16 or fp16; everything else is float32 with subnormal numbers flushed:
 - Keys from position 0 in blocks of 128, ascending. s_j = q . k_j in tensor-core steps of 16, d ascending.
 - x_j = round(s_j * c) with c = float32(log2(e) * scale); m' = max(m, max x_j).
 - p_j = ex2.approx(round(x_j - m')): multiplication and subtraction rounded apart. a = ex2.approx(m - m').
 - Four row-sum lanes: lane t adds, from zero, the p_j of the block with (j mod 8) // 2 == t, j ascending; then
   L_t = fma(L_t, a, that). The sum takes p_j in float32, before it is rounded for the product.
-- acc = acc * a, then acc += p_j v_j in tensor-core steps of 16 keys, j ascending, with p_j in the storage
-  dtype.
+- acc = acc * a, then acc += p_j v_j in tensor-core steps of 16 keys, j ascending, p_j in the storage dtype.
 - l = (L_0 + L_1) + (L_2 + L_3); out = acc / l, rounded once to the storage dtype.
 
-Tiles hold queries of one head, or the heads that share a key/value head ("packed", so that decode reads
-keys and
-values once for the group). Rows of a tile never meet in a sum, so tile shape, warps, stages and the tensor
-core's
-instruction are free, and certified. The two-phase members are in `triton_phases.py`, the library's in
-`cudnn.py`.
+Tiles hold queries of one head, or the heads that share a key/value head ("packed", so that decode reads keys
+and values once for the group). Rows of a tile never meet in a sum, so tile shape, warps, stages and the
+tensor core's instruction are free, and certified. The two-phase members are in `triton_phases.py`, the
+library's in `cudnn.py`.
 
 Shape letters: T query rows, R requests, H heads, Hkv key/value heads, G = H / Hkv, D head size.
 """

@@ -2,8 +2,7 @@
 
 The heads of a group are few, the keys of a block many: with the products turned round (k q^T and v^T p^T) the
 tensor core's tall side holds keys, then columns, and nothing is padded from 4 heads to 16 rows. On Hopper
-both
-products then are warp-group instructions that read keys and values straight from shared memory.
+both products then are warp-group instructions that read keys and values straight from shared memory.
 
 Shape letters: R requests, H heads, Hkv key/value heads, G = H / Hkv, HEADS = G padded, D head size.
 """

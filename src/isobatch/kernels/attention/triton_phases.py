@@ -6,8 +6,7 @@ maximum is exact in any order, so only the sums are a chain:
 2. Weights: all blocks at once. From the maxima of the blocks before, a block's m and a, exactly as the chain
    would have them; then p_j, rounded to the storage dtype, and the block's four lane sums in float32.
 3. Chain: acc = acc * a, then acc += p v, and the row sum. The columns of a head are independent of one
-another,
-   so programs share out slices of columns; per block only the tensor core's steps are left.
+   another, so programs share out slices of columns; per block only the tensor core's steps are left.
 
 Keys are read once and values once. Grids depend on plain ints alone: programs step through the blocks with a
 stride, as far as the length on the device says.

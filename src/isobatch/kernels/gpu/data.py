@@ -6,13 +6,13 @@ import torch
 
 from isobatch.kernels.gpu.device import device, dtypes
 
-_SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_LONG = {short: dtype for dtype, short in _SHORT.items()}
+SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_LONG = {short: dtype for dtype, short in SHORT.items()}
 
 
 def case_variants(*kinds: str) -> tuple[str, ...]:
     """Each kind of data in each storage dtype, as "wide/bf16"."""
-    return tuple(f"{kind}/{_SHORT[dtype]}" for kind in kinds for dtype in dtypes())
+    return tuple(f"{kind}/{SHORT[dtype]}" for kind in kinds for dtype in dtypes())
 
 
 def split_variant(variant: str) -> tuple[str, torch.dtype]:

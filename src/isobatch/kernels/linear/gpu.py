@@ -19,7 +19,7 @@ import triton
 from isobatch import env
 from isobatch.kernels import plan as plans
 from isobatch.kernels.bitclass import certify
-from isobatch.kernels.gpu.device import architecture, capturing, device
+from isobatch.kernels.gpu.device import INTERPRETED, architecture, capturing, device
 from isobatch.kernels.linear import members
 from isobatch.kernels.linear.cublaslt import version
 from isobatch.kernels.linear.gpu_record import forget, record_for
@@ -72,6 +72,8 @@ class Certificates:
 
 def _machine() -> list[str]:
     """What a certificate is for: change any of it, and certify anew."""
+    if INTERPRETED:
+        return ["interpreter"]
     return [torch.cuda.get_device_name(device()), torch.__version__, triton.__version__, str(version())]
 
 

@@ -1,0 +1,70 @@
+"""Which ops the settings ask for, whether the model fits on their device, and what their bits are called."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from isobatch.config import EngineConfig
+from isobatch.engine.memory import available_bytes, require, weight_bytes
+from isobatch.errors import MissingDependencyError
+from isobatch.models.checkpoint import Checkpoint
+from isobatch.models.config import ModelConfig
+from isobatch.models.loading import coded_bytes
+from isobatch.ops import Ops, certified_ops, stock_ops
+from isobatch.ops.fingerprint import fingerprint
+
+
+def make_ops(config: EngineConfig, model: ModelConfig) -> Ops:
+    """The ops that a model will run on.
+
+    Raises:
+        MissingDependencyError: a GPU is asked for, and Triton is not installed.
+        UnsupportedOpError: a GPU is asked for, and there is none that will do.
+        FloatEnvironmentError: this process computes otherwise than IEEE 754 says.
+    """
+    if config.device == "cuda":
+        heads = (model.num_heads, model.num_kv_heads, model.head_size)
+        ops: Ops = _gpu().GpuOps(_dtype(config), heads)
+        return ops
+    return certified_ops() if config.kernels == "isobatch" else stock_ops()
+
+
+def require_memory(config: EngineConfig, checkpoint: Checkpoint) -> None:
+    """Asks whether weights and KV cache fit, before either is allocated.
+
+    Raises:
+        OutOfMemoryError: they do not.
+    """
+    model = checkpoint.config
+    if config.device == "cuda":
+        device = _gpu().device()
+        available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+        require(weight_bytes(model, config.number_bytes), config.kv_cache_bytes, available)
+    else:
+        weights = coded_bytes(checkpoint) if config.kernels == "isobatch" else weight_bytes(model)
+        require(weights, config.kv_cache_bytes, available_bytes())
+
+
+def numerics(config: EngineConfig) -> str | None:
+    """The fingerprint of what these settings compute; None with stock kernels, which promise nothing."""
+    if config.kernels == "stock":
+        return None
+    if config.device == "cuda":
+        name: str = _gpu().gpu_fingerprint(_dtype(config))
+        return name
+    return fingerprint()
+
+
+def _dtype(config: EngineConfig) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, config.number_format)
+    return dtype
+
+
+def _gpu() -> ModuleType:
+    try:
+        from isobatch.ops import gpu
+    except ImportError as error:
+        raise MissingDependencyError("Triton is not installed", fix="pip install isobatch[gpu]") from error
+    return gpu

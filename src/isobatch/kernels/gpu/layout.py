@@ -1,0 +1,36 @@
+"""The layouts that GPU kernels share, in a storage dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from isobatch.kernels.attention.gpu_rows import GpuKVCache
+from isobatch.kernels.coding import Coding
+from isobatch.kernels.gpu.device import device
+from isobatch.kernels.layout import Layout
+from isobatch.kernels.stock import DenseWeight
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    dtype: torch.dtype
+
+    def empty(self, outputs: int, inputs: int, _coding: Coding) -> DenseWeight:
+        """[N, K] on the device: rows are widened to float32, then rounded to the dtype, once."""
+        return DenseWeight(torch.empty(outputs, inputs, dtype=self.dtype, device=device()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Caches:
+    dtype: torch.dtype
+
+    def empty(self, blocks: int, kv_heads: int, head_size: int) -> GpuKVCache:
+        """Uninitialised."""
+        return GpuKVCache.empty(blocks, kv_heads, head_size, self.dtype)
+
+
+def gpu_layout(dtype: torch.dtype) -> Layout:
+    """Weights [N, K] and paged caches on the device, in bfloat16 or float16."""
+    return Layout(weight=_Weights(dtype), cache=_Caches(dtype))

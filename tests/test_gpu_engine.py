@@ -1,0 +1,177 @@
+"""The engine on the GPU's kernels: on a GPU where there is one, else under Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from isobatch import LLM, SamplingParams
+from isobatch.config import EngineConfig
+from isobatch.engine.engine import Engine
+from isobatch.engine.memory import block_bytes
+from isobatch.engine.output import Reply
+from isobatch.errors import ConfigError, UnknownKeyError
+from isobatch.kernels.attention.gpu_rows import GpuKVCache
+from isobatch.kernels.gpu.device import dtypes
+from isobatch.kernels.linear.triton import linear_plain
+from isobatch.kernels.stock import DenseWeight
+from isobatch.models.decoder import Decoder
+from isobatch.models.loading import load_decoder
+from isobatch.ops.gpu import GpuOps
+from tests.checkpoints import tiny_model, trained_bpe
+from tests.engine_harness import TINY, Ask, MovedError, TinyCheckpoint, drive, expect_same, stream, tiny_world
+
+# Stale memory is NaN, and NumPy, which interprets, says so where it is masked.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+
+DTYPE = dtypes()[0]
+NAME = str(DTYPE).removeprefix("torch.")
+# Prompts on both sides of a page's end, one that begins like another; greedy, sampled, filtered, penalised.
+ASKS = tuple(
+    Ask(stream(number)[:length], SamplingParams(max_tokens=3, ignore_eos=True, logprobs=3, **how))
+    for number, length, how in (
+        (0, 5, {"temperature": 0}),
+        (1, 33, {"temperature": 1, "seed": 3, "top_p": 0.9}),
+        (1, 18, {"temperature": 0.7, "seed": 9, "top_k": 40, "repetition_penalty": 1.2}),
+    )
+)
+
+
+@cache
+def decoder() -> Decoder:
+    return load_decoder(TinyCheckpoint(), GpuOps(DTYPE, (TINY.num_heads, TINY.num_kv_heads, TINY.head_size)))
+
+
+def engine(*, blocks: int = 32, model: Decoder | None = None, **settings: Any) -> Engine:
+    size = blocks * block_bytes(TINY, DTYPE.itemsize)
+    config = EngineConfig(device="cuda", dtype=NAME, kv_cache_bytes=size, **settings)  # type: ignore[arg-type]
+    made = Engine(model or decoder(), None, config)
+    for cache_ in made._caches:
+        assert isinstance(cache_, GpuKVCache)
+        cache_.k.fill_(float("nan"))
+        cache_.v.fill_(float("nan"))
+    return made
+
+
+@cache
+def alone(ask: Ask) -> Reply:
+    (reply,) = drive(engine(prefix_cache=False), [ask])
+    assert reply is not None
+    return reply
+
+
+def expect_alone(replies: Sequence[Reply | None], where: str) -> None:
+    for ask, reply in zip(ASKS, replies, strict=True):
+        assert reply is not None
+        expect_same(reply, alone(ask), where)
+
+
+LOADS: dict[str, dict[str, Any]] = {
+    "batched": {},
+    "chunked": {"max_batch_tokens": 7},
+    "chaotic": {"policy": "chaos:5", "max_batch_tokens": 40},
+    "short of blocks": {"blocks": 3, "prefix_cache": False},
+}
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_reply_depends_on_the_request_alone(load: str) -> None:
+    busy = engine(**LOADS[load])
+    expect_alone(drive(busy, ASKS), load)
+    if load == "batched":
+        again = drive(busy, ASKS)
+        expect_alone(again, f"{load}, cached")
+        assert any(reply is not None and reply.cached_tokens for reply in again)
+
+
+def test_decode_is_prefill() -> None:
+    """Scored as a prompt, a reply's tokens have the log-probabilities with which they were drawn."""
+    reply = alone(ASKS[0])
+    (drawn,) = reply.completions
+    whole = (*reply.prompt_token_ids, *drawn.token_ids)
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=3, ignore_eos=True)
+    (scored,) = drive(engine(), [Ask(whole, params)])
+    assert scored is not None
+    assert scored.prompt_log_probs is not None
+    assert scored.prompt_log_probs[-len(drawn.token_ids) :] == drawn.log_probs
+
+
+def test_control_a_product_split_by_load_is_caught() -> None:
+    ops = decoder().ops
+
+    def split(x: torch.Tensor, weight: DenseWeight, bias: Any = None, out_dtype: Any = None) -> torch.Tensor:
+        if len(x) < 8:
+            return linear_plain(x, weight, bias, out_dtype)
+        half = x.shape[1] // 2 // 8 * 8
+        parts = [
+            linear_plain(x[:, part].contiguous(), DenseWeight(weight.dense[:, part].contiguous()))
+            for part in (slice(0, half), slice(half, None))
+        ]
+        total = parts[0] + parts[1]
+        return (total if bias is None else total + bias).to(out_dtype or x.dtype)
+
+    table = dict(ops._table)
+    ops._table["linear"] = split
+    try:
+        replies = drive(engine(max_batch_tokens=64), ASKS)
+    finally:
+        ops._table.update(table)
+    with pytest.raises(MovedError):
+        expect_alone(replies, "split")
+
+
+def test_log_probabilities_are_nearly_those_of_float32() -> None:
+    ask = ASKS[0]
+    (want,) = drive(tiny_world().engine(), [ask])
+    assert want is not None
+    ours, theirs = (r.completions[0].log_probs for r in (alone(ask), want))
+    assert ours is not None
+    assert theirs is not None
+    # The first token's, since later ones are of the tokens chosen before.
+    assert abs(ours[0].top[0][1] - theirs[0].top[0][1]) < 0.05
+
+
+def test_model_loads_and_answers(tmp_path: Path) -> None:
+    tiny_model("llama", vocab_size=448).save_pretrained(tmp_path)
+    trained_bpe("llama-bpe", ["the quick brown fox " * 9]).save(str(tmp_path / "tokenizer.json"))
+    settings: dict[str, Any] = {"device": "cuda", "dtype": NAME, "kv_cache_bytes": 1 << 20, "progress": False}
+    ours, other = LLM(tmp_path, **settings), LLM(tmp_path, kv_cache_bytes=1 << 20, progress=False)
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    (reply,) = ours.generate("the quick", params)
+    assert len(reply.completions[0].token_ids) == 2
+    assert reply.fingerprint is not None
+    assert reply.fingerprint.startswith("iso-")
+    assert reply.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "said"),
+    [
+        ({"device": "gpu"}, UnknownKeyError, "cpu"),
+        ({"dtype": "bf16"}, UnknownKeyError, "bfloat16"),
+        ({"device": "cuda", "dtype": "float32"}, ConfigError, "bfloat16 or float16"),
+        ({"dtype": "bfloat16"}, ConfigError, "expected float32"),
+        ({"device": "cuda", "kernels": "stock"}, ConfigError, "on the CPU only"),
+    ],
+)
+def test_settings_without_kernels_are_refused(settings: Any, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        EngineConfig(**settings)
+
+
+@pytest.mark.weights
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_machine_without_a_gpu_is_told_so() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    words = ["-m", "isobatch", "generate", "demo", "hi", "--set", "device=cuda"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment)
+    assert done.returncode == 3
+    assert "no GPU is to be had" in done.stderr
