@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from isobatch.cli.bench_attention import attention_points, attention_summary
 from isobatch.cli.bench_moe import moe_points, moe_summary
+from isobatch.cli.bench_rows import row_points, row_summary
 from isobatch.cli.goals import Point, at_least, at_most, geometric_mean
 from isobatch.errors import IntegrityError
 from isobatch.kernels import plan as plans
@@ -79,13 +81,17 @@ def measure(progress: Callable[[str], None]) -> dict[str, Any]:
     progress("certification at start")
     start = certification()
     points = list(linear_points(limits, progress))
+    attended = list(attention_points(limits, progress))
     experts = list(moe_points(limits, progress))
+    moved = list(row_points(limits, progress))
     goals = [
         *summary(points),
         at_most("linear: certification at start, seconds", start["seconds"], 5.0),
+        *attention_summary(attended),
         *moe_summary(experts),
+        *row_summary(moved),
     ]
-    return {"ceilings": limits, "goals": goals, "points": [*points, *experts]}
+    return {"ceilings": limits, "goals": goals, "points": [*points, *attended, *experts, *moved]}
 
 
 def certification() -> dict[str, Any]:

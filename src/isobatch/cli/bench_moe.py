@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
 from isobatch.bits import bits_equal
+from isobatch.cli.drawn import drawn
 from isobatch.cli.goals import Goal, Point, at_most, geometric_mean
 from isobatch.errors import IntegrityError
-from isobatch.kernels.data import floats
-from isobatch.kernels.gpu.device import device
 from isobatch.kernels.gpu.timing import microseconds
 from isobatch.kernels.moe import stock
 from isobatch.kernels.moe.routing import router_logits
@@ -22,11 +22,7 @@ _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _COPIES = 3  # a layer's experts are gigabytes: three layers are as cold as a model
 
 
-def _drawn(name: str, *shape: int) -> torch.Tensor:
-    """Numbers of about 0.02 to 0.2, the first million drawn, repeated to size."""
-    count = torch.Size(shape).numel()
-    some = floats(f"bench/{name}", min(count, 1 << 20), kind="plain") / 8
-    return some.to(device(), torch.bfloat16).repeat(-(-count // len(some)))[:count].view(shape)
+_drawn = partial(drawn, scale=1 / 8)
 
 
 def _layer(model: str, copy: int) -> Experts:

@@ -1,0 +1,200 @@
+"""Paged attention against torch's scaled_dot_product_attention, by the fastest backend that runs.
+
+torch's side gets each request's keys and values in one piece, without pages, and all requests of one length:
+the best case for it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from isobatch.bits import bits_equal
+from isobatch.cli.drawn import drawn
+from isobatch.cli.goals import Goal, Point, at_least, at_most, geometric_mean
+from isobatch.errors import IntegrityError, UnsupportedOpError
+from isobatch.kernels.attention.gpu_record import certify_library
+from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
+from isobatch.kernels.attention.gpu_serve import Attention
+from isobatch.kernels.gpu.device import dtypes
+from isobatch.kernels.gpu.timing import Work, microseconds
+from isobatch.kernels.layout import PAGE
+from isobatch.models.presets import preset
+
+_MODEL = "qwen3-8b"
+_DECODES = tuple(
+    (requests, context)
+    for requests in (1, 8, 32, 128, 1024)
+    for context in (128, 1024, 8192, 32_768, 131_072)
+    if requests * context <= 1 << 21
+)
+_PREFILLS = (1024, 4096, 16_384, 32_768)
+_CHUNK = (2048, 32_768)  # queries, and keys their own included
+_COLD_BYTES = 200 << 20
+_LARGE_BYTES = 64 << 20
+_BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+
+
+class _Requests:
+    """Requests of one shape: caches with shuffled pages, and the same keys and values in one piece.
+
+    Args:
+        heads: H, Hkv and D.
+        requests: how many.
+        queries: of each, its last positions.
+        context: keys of each.
+        copies: of it all, so that each call finds its own in device memory.
+    """
+
+    def __init__(
+        self, heads: tuple[int, int, int], requests: int, queries: int, context: int, copies: int
+    ) -> None:
+        H, kv_heads, D = heads
+        pages = -(-context // PAGE)
+        self.scale = 1 / math.sqrt(D)
+        self.q = [drawn(f"q/{copy}", requests * queries, H, D) for copy in range(copies)]
+        self.caches = [
+            GpuKVCache(*(drawn(f"{side}/{copy}", requests * pages, kv_heads, PAGE, D) for side in "kv"))
+            for copy in range(copies)
+        ]
+        order = random.Random(context).sample(range(requests * pages), requests * pages)
+        self.tables = GpuPagedRows.upload(order).view(requests, pages)
+        self.rows = self._rows(requests, queries, context)
+        self._shape = requests, queries, context
+
+    def _rows(self, requests: int, queries: int, context: int) -> GpuPagedRows:
+        starts = GpuPagedRows.upload([r * queries for r in range(requests + 1)])
+        lengths = GpuPagedRows.upload([context] * requests)
+        ints = (queries,) * requests, (context,) * requests
+        return GpuPagedRows(starts, lengths, self.tables[:requests], starts.long(), *ints)
+
+    def ours(self, attention: Attention, copy: int) -> torch.Tensor:
+        """Every request."""
+        return attention(self.q[copy], self.caches[copy], self.rows, self.scale)
+
+    def alone(self, attention: Attention) -> torch.Tensor:
+        """The first request, without the others."""
+        _, queries, context = self._shape
+        return attention(self.q[0][:queries], self.caches[0], self._rows(1, queries, context), self.scale)
+
+    def torchs(self) -> list[Work]:
+        """torch's side, by each backend that runs here."""
+        requests, queries, context = self._shape
+        pieces = []
+        for q, cache in zip(self.q, self.caches, strict=True):
+            k, v = (
+                pages[self.tables.long()].transpose(1, 2).flatten(2, 3)[:, :, :context]
+                for pages in (cache.k, cache.v)
+            )
+            heads = q.view(requests, queries, *q.shape[1:]).transpose(1, 2)
+            if 1 < queries < context:  # a causal mask that ends with the keys knows no groups of heads
+                group = q.shape[1] // k.shape[1]
+                k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+            pieces.append((heads, k.contiguous(), v.contiguous()))
+        mask = causal_lower_right(queries, context) if 1 < queries < context else None
+
+        def run(copy: int, backend: SDPBackend) -> torch.Tensor:
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(
+                    *pieces[copy],
+                    attn_mask=mask,
+                    is_causal=queries == context,
+                    scale=self.scale,
+                    enable_gqa=mask is None,
+                )
+
+        return list(filter(_runs, (partial(run, backend=backend) for backend in _BACKENDS)))
+
+
+def _runs(work: Work) -> bool:
+    try:
+        work(0)
+    except RuntimeError:
+        return False
+    return True
+
+
+def attention_points(limits: dict[str, float], progress: Callable[[str], None]) -> Iterator[Point]:
+    """Decode, fresh prompts, and a chunk after a long prefix.
+
+    Args:
+        limits: bytes_per_s and flop_per_s of the device.
+        progress: told each shape.
+
+    Raises:
+        IntegrityError: a request alone differs from the request among others.
+        UnsupportedOpError: torch has no backend here.
+    """
+    d = preset(_MODEL)
+    heads = d.heads, d.kv_heads, d.head_size
+    attention = Attention(library=certify_library(*heads, dtypes()[0]).member)
+    for requests, context in _DECODES:
+        progress(f"decode, {requests} x {context}")
+        yield _point("decode", heads, requests, 1, context, attention, limits)
+    for length in _PREFILLS:
+        progress(f"prefill, {length}")
+        yield _point("prefill", heads, 1, length, length, attention, limits)
+    progress("a chunk after a prefix")
+    yield _point("chunk", heads, 1, *_CHUNK, attention, limits)
+
+
+def _point(
+    kind: str,
+    heads: tuple[int, int, int],
+    requests: int,
+    queries: int,
+    context: int,
+    attention: Attention,
+    limits: dict[str, float],
+) -> Point:
+    H, kv_heads, D = heads
+    moved = requests * context * kv_heads * D * 2 * dtypes()[0].itemsize
+    copies = max(1, min(16, _COLD_BYTES // moved))
+    data = _Requests(heads, requests, queries, context, copies)
+    if not bits_equal(data.ours(attention, 0)[:queries], data.alone(attention)):
+        raise IntegrityError(f"{kind}, {requests} x {context}: a request alone differs")
+    theirs = data.torchs()
+    if not theirs:
+        raise UnsupportedOpError("torch has no attention to compare with", got=f"{kind}, {context} keys")
+    ours, *others = microseconds([lambda copy: data.ours(attention, copy), *theirs], copies)
+    operations = 4 * requests * H * D * queries * (context - (queries - 1) / 2)
+    floor = max(moved / limits["bytes_per_s"], operations / limits["flop_per_s"]) * 1e6
+    return {
+        "op": "attention",
+        "kind": kind,
+        "requests": requests,
+        "queries": queries,
+        "context": context,
+        "isobatch_us": ours,
+        "torch_us": min(others),
+        "ratio": ours / min(others),
+        "floor_us": floor,
+        "bandwidth_share": moved / limits["bytes_per_s"] / ours * 1e6,
+        "kv_bytes": moved,
+    }
+
+
+def attention_summary(points: list[Point]) -> list[Goal]:
+    """The goals, and whether they are met."""
+    ratios = {
+        kind: [p["ratio"] for p in points if p["kind"] == kind] for kind in ("decode", "prefill", "chunk")
+    }
+    large = [p for p in points if p["kind"] == "decode" and p["kv_bytes"] >= _LARGE_BYTES]
+    shares = {
+        many: [p["bandwidth_share"] for p in large if (p["requests"] >= 8) is many] for many in (True, False)
+    }
+    return [
+        at_most("decode: worst point against torch's fastest", max(ratios["decode"]), 1.0),
+        at_most("decode: geometric mean against torch's fastest", geometric_mean(ratios["decode"]), 1.0),
+        *(at_least("decode: least share of bandwidth, 8 and more", min(s), 0.8) for s in [shares[True]] if s),
+        *(at_least("decode: least share of bandwidth, fewer", min(s), 0.5) for s in [shares[False]] if s),
+        at_most("prefill: worst point against torch's fastest", max(ratios["prefill"]), 1.0),
+        at_most("chunk of 2k after 30k against torch's fastest", max(ratios["chunk"]), 1.15),
+    ]
