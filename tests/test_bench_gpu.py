@@ -5,16 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from isobatch.cli import bench_attention, bench_rows
+from isobatch.cli import bench_attention, bench_gpu, bench_rows, main
 from isobatch.errors import IntegrityError
+from isobatch.kernels.activation.gpu_record import SILU_AND_MUL
 from isobatch.kernels.attention.gpu_serve import Attention
+from isobatch.kernels.gpu import device
 from isobatch.kernels.gpu.device import INTERPRETED
+from isobatch.kernels.registry import Member
+from isobatch.kernels.stock import STOCK
 from isobatch.models.presets import preset
 
 pytestmark = pytest.mark.skipif(
@@ -88,3 +93,18 @@ def test_rows_are_counted_in_bytes() -> None:
     ]
     # 512 bytes at 1 GB/s are 0.5 of the 10 microseconds that they took.
     assert goals[1]["value"] == pytest.approx(0.0512)
+
+
+def test_red_gate_prints_no_figure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Member("other", lambda gate_up: SILU_AND_MUL.canonical.function(-gate_up), STOCK)
+    record = replace(SILU_AND_MUL, members=(*SILU_AND_MUL.members, other))
+    monkeypatch.setattr(bench_gpu, "GPU_RECORDS", {record.name: record})
+    monkeypatch.setattr(bench_gpu, "measure", lambda _progress: pytest.fail("measured"))
+    monkeypatch.setattr(device, "INTERPRETED", False)
+    monkeypatch.setattr(device, "device", lambda: torch.device("cpu"))
+    out = tmp_path / "gpu.json"
+    assert main(["bench", "gpu", "--json", "--out", str(out)]) == 1
+    assert '"gate": ["silu_and_mul/other: not a member' in capsys.readouterr().out
+    assert not out.exists()

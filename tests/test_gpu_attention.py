@@ -1,7 +1,5 @@
-"""Paged attention's GPU members, under Triton's interpreter where there is no GPU: logic, never tolerance.
-
-Without a GPU this needs TRITON_INTERPRET=1 from the start, so a process of its own runs the checks.
-"""
+"""Paged attention's GPU members: their logic under Triton's interpreter, in a process that starts with it, and
+on a GPU, where there is one, lengths that an interpreter would never see the end of."""
 
 from __future__ import annotations
 
@@ -11,6 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from isobatch.bits import bits_equal
+from isobatch.kernels.attention.gpu_record import ATTENTION_GPU, GpuAttentionCase
+from isobatch.kernels.gpu.device import INTERPRETED, device, dtypes
 
 CHECKS = (
     "members_agree",
@@ -33,3 +36,18 @@ def test_check_holds_under_the_interpreter(check: str) -> None:
     command = [sys.executable, "-m", "tests.gpu_attention_checks", check]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(INTERPRETED, reason="no GPU")
+@pytest.mark.parametrize("context", [1, 2, 127, 128, 129, 1000, 4096, 32_768, 131_072])
+def test_decode_row_is_prefill_row_at_any_length(context: int) -> None:
+    random_ = torch.Generator(device()).manual_seed(context)
+    q, k, v = (
+        torch.randn(1, context, heads, 128, generator=random_, device=device()).to(dtypes()[0])
+        for heads in (8, 2, 2)
+    )
+    chunk = GpuAttentionCase(tuple((0, p) for p in range(max(0, context - 40), context)), q, k, v)
+    member = ATTENTION_GPU.member(ATTENTION_GPU.production)
+    together = chunk.call(member)[0]
+    for row in {0, chunk.rows - 1}:
+        assert bits_equal(chunk.take([row]).call(member)[0], together[row : row + 1])

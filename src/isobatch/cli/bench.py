@@ -83,9 +83,11 @@ def _gpu(progress: Callable[[str], None]) -> dict[str, Any]:
     device()
     if INTERPRETED:
         raise UnsupportedOpError("the interpreter's times say nothing", fix="unset TRITON_INTERPRET")
-    if failures := bench_gpu.gate(progress):
+    verdicts = bench_gpu.gate(progress)
+    if failures := [str(verdict) for verdict in verdicts if not verdict.member]:
         return {"failures": failures}
-    return {"gate": "green", **bench_gpu.measure(progress)}
+    transcript = {"members": list(map(str, verdicts)), "cudnn": bench_gpu.libraries(progress)}
+    return {"gate": "green", "certification": transcript, **bench_gpu.measure(progress)}
 
 
 def _print_cpu(console: Console, report: dict[str, Any]) -> None:

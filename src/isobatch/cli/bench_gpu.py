@@ -14,9 +14,10 @@ from isobatch.cli.bench_rows import row_points, row_summary
 from isobatch.cli.goals import Point, at_least, at_most, geometric_mean
 from isobatch.errors import IntegrityError
 from isobatch.kernels import plan as plans
-from isobatch.kernels.bitclass import certify
+from isobatch.kernels.attention.gpu_record import certify_library
+from isobatch.kernels.bitclass import Verdict, certify
 from isobatch.kernels.gpu.catalogue import GPU_RECORDS
-from isobatch.kernels.gpu.device import device
+from isobatch.kernels.gpu.device import device, dtypes
 from isobatch.kernels.gpu.timing import microseconds
 from isobatch.kernels.linear import stock
 from isobatch.kernels.linear.gpu import Certificates, Linear
@@ -28,6 +29,7 @@ from isobatch.models.presets import preset
 _MODELS = ("qwen3-8b", "qwen3-30b-a3b", "qwen3-235b-a22b")
 _COLD_BYTES = 400 << 20
 _FEW_ROWS = 16
+_HEAD_SIZES = (64, 96, 128, 256)
 _LARGE_WEIGHT_BYTES = 64_000_000
 
 
@@ -51,20 +53,29 @@ def linear_shapes() -> dict[Shape, str]:
     }
 
 
-def gate(progress: Callable[[str], None]) -> list[str]:
+def gate(progress: Callable[[str], None]) -> list[Verdict]:
     """Checks bits before any number: every member of every GPU record against its canonical one.
 
     Returns:
-        What is wrong; empty if nothing.
+        The verdict on each; a single refusal means that nothing may be measured.
     """
-    failures = []
+    verdicts = []
     for record in GPU_RECORDS.values():
         for member in record.members:
             progress(f"certifying {record.name}/{member.name}")
-            verdict = certify(record, member)
-            if not verdict.member:
-                failures.append(str(verdict))
-    return failures
+            verdicts.append(certify(record, member))
+    return verdicts
+
+
+def libraries(progress: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Whether cuDNN's attention is a member here, by head size and dtype; where it is not, ours serves."""
+    tried = []
+    for dtype in dtypes():
+        for head_size in _HEAD_SIZES:
+            progress(f"certifying cuDNN at head size {head_size}")
+            verdict = certify_library(32, 8, head_size, dtype)
+            tried.append({"head_size": head_size, "dtype": str(dtype), "verdict": str(verdict)})
+    return tried
 
 
 def measure(progress: Callable[[str], None]) -> dict[str, Any]:
