@@ -1,5 +1,7 @@
-"""Paged attention's GPU members: their logic under Triton's interpreter, in a process that starts with it; and,
-where there is a GPU, lengths that an interpreter would never see the end of."""
+"""Paged attention's GPU members: their logic under Triton's interpreter, in a process that starts with it.
+
+Where there is a GPU, also lengths that an interpreter would never see the end of.
+"""
 
 from __future__ import annotations
 
