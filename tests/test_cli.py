@@ -373,3 +373,25 @@ def test_flushed_subnormals_are_found() -> None:
         "the Python thread: subnormal numbers are taken for zero when written",
     ]
     assert checks.check_arithmetic().ok
+
+
+@pytest.mark.weights
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_full_disk_is_said_in_a_line() -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "isobatch",
+        "generate",
+        "demo",
+        "hi",
+        "--temperature",
+        "0",
+        "--max-tokens",
+        "2",
+    ]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 3
+    assert "the output cannot be written: No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr

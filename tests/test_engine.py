@@ -111,6 +111,12 @@ def test_end_of_the_context_ends_a_reply(max_context: int | None, expected: int)
 # Seeds and n.
 
 
+def test_greedy_replies_to_equal_requests_are_equal_in_every_field() -> None:
+    first, second = serve(temperature=0), serve(temperature=0)
+    assert first.completions == second.completions
+    assert first.completions[0].seed == 0
+
+
 def test_drawn_seed_is_reported_and_repeats_the_reply() -> None:
     first, second = serve(), serve()
     seed = first.completions[0].seed

@@ -211,3 +211,14 @@ def test_without_a_terminal_loading_says_how_far_it_is(
     assert len(lines) <= 6
     LLM(folder, kv_cache_bytes=2**20, progress=False).generate("fox", PARAMS)
     assert capsys.readouterr().err == ""
+
+
+def test_conversation_without_messages_is_refused(llm: LLM) -> None:
+    with pytest.raises(PromptError, match="without messages"):
+        llm.chat([[MESSAGE], []])
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
+def test_name_that_no_file_can_have_is_refused(name: str) -> None:
+    with pytest.raises(ModelNotFoundError):
+        LLM(name)

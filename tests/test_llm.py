@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-import isobatch.engine.llm
+import isobatch.engine.backend
 from isobatch import LLM, EngineConfig, Reply, SamplingParams
 from isobatch.bits import bits_equal
 from isobatch.engine.request import FinishReason
@@ -230,10 +230,10 @@ def test_settings_that_cannot_be_honoured_are_refused(folder: Path) -> None:
 
 
 def test_model_that_does_not_fit_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isobatch.engine.llm, "available_bytes", lambda: 10**6)
+    monkeypatch.setattr(isobatch.engine.backend, "available_bytes", lambda: 10**6)
     with pytest.raises(OutOfMemoryError, match="1,000,000 available"):
         LLM(folder, kv_cache_bytes=10**6)
-    monkeypatch.setattr(isobatch.engine.llm, "available_bytes", lambda: 10**7)
+    monkeypatch.setattr(isobatch.engine.backend, "available_bytes", lambda: 10**7)
     assert LLM(folder, kv_cache_bytes=10**6, progress=False).generate(PROMPT, PARAMS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
 import re
 from typing import Any
 
@@ -146,3 +147,20 @@ def test_an_unknown_key_names_the_nearest(key: str, near: str) -> None:
     with pytest.raises(UnknownKeyError, match=re.escape(f"unknown sampling parameter {key!r}")) as caught:
         SamplingParams.from_mapping({key: 1})
     assert f"did you mean {near!r}?" in str(caught.value)
+
+
+@pytest.mark.parametrize("values", [None, [1], "temperature"])
+def test_what_is_no_mapping_is_refused(values: Any) -> None:
+    with pytest.raises(InvalidSamplingError, match="not a mapping"):
+        SamplingParams.from_mapping(values)
+
+
+def test_parameters_without_a_name_are_refused() -> None:
+    with pytest.raises(InvalidSamplingError, match=r"parameters go by name; .*; got 0\.5"):
+        SamplingParams(0.5)  # type: ignore[call-arg]
+
+
+def test_errors_survive_the_way_out_of_a_process() -> None:
+    for error in (UnknownKeyError("key", "x", ["y"]), InvalidSamplingError("what", got=3, fix="this")):
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), str(again), again.fix) == (type(error), str(error), error.fix)

@@ -76,9 +76,14 @@ class UnknownKeyError(ConfigError):
 
     def __init__(self, kind: str, key: str, known: Iterable[str]) -> None:
         names = sorted(known)
+        self._words = kind, key, names
         near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
         fix = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
         super().__init__(f"unknown {kind} {key!r}", fix=fix)
+
+    def __reduce__(self) -> tuple[type[UnknownKeyError], tuple[str, str, list[str]]]:
+        """From its own three words: a worker process hands its errors back pickled."""
+        return type(self), self._words
 
 
 class RequestError(IsobatchError, ValueError):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from isobatch.config import EngineConfig, Kernels
 from isobatch.engine.sampling_params import SamplingParams
-from isobatch.engine.seeds import drawn_seed
+from isobatch.engine.seeds import seed_for
 from isobatch.errors import ConfigError, PromptError
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def _chat_ids(llm: LLM, system: str | None, prompt: str) -> list[int]:
 
 def _stream(llm: LLM, prompt_ids: list[int], params: SamplingParams) -> None:
     # Drawn here rather than by the engine, so that the reply can be asked for again.
-    params = params if params.seed is not None else replace(params, seed=drawn_seed())
+    params = replace(params, seed=seed_for(params))
     said = False
     try:
         for piece in llm.stream(prompt_ids, params):

@@ -14,6 +14,7 @@ exit codes:
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -52,7 +53,8 @@ _CODES: dict[type[IsobatchError], int] = {
     MissingDependencyError: 3,
     UnsupportedOpError: 3,
 }
-_INTERNAL, _INTERRUPTED, _NO_READER = 4, 130, 141
+_UNUSABLE, _INTERNAL, _INTERRUPTED, _NO_READER = 3, 4, 130, 141
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,6 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Python flushes stdout once more as it exits, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _NO_READER
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            traceback.print_exc()
+            return _INTERNAL
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"isobatch: the output cannot be written: {error.strerror}", file=sys.stderr)
+        return _UNUSABLE
     except Exception:  # noqa: BLE001 - left to Python it would exit with 1, which means a broken promise
         traceback.print_exc()
         return _INTERNAL

@@ -21,7 +21,7 @@ from isobatch.engine.prefix_cache import PrefixCache
 from isobatch.engine.request import FinishReason, Sequence
 from isobatch.engine.sampling_params import SamplingParams
 from isobatch.engine.scheduler import Scheduler
-from isobatch.engine.seeds import drawn_seed, seed_of
+from isobatch.engine.seeds import seed_for, seed_of
 from isobatch.engine.tokenizer import Tokenizer
 from isobatch.engine.transcript import Transcript
 from isobatch.errors import (
@@ -219,7 +219,7 @@ class Engine:
             RequestError: it can never be served; nothing was queued.
         """
         self.check_request(prompt_ids, params)
-        seed = drawn_seed() if params.seed is None else params.seed
+        seed = seed_for(params)
         number = self.new_id() if request_id is None else request_id
         request = _Request(number, tuple(prompt_ids), params, seed)
         self._mend()

@@ -89,7 +89,10 @@ def as_conversations(conversations: object) -> list[list[Message]]:
     alone = [isinstance(one, Mapping) for one in given]
     if any(alone) and all(alone):
         return [given]
-    return [_messages(one) for one in given]
+    each = [_messages(one) for one in given]
+    if not all(each):
+        raise PromptError("a conversation without messages", expected="at least one message in each")
+    return each
 
 
 def _messages(given: object) -> list[Any]:

@@ -83,8 +83,11 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
-    def __new__(cls, *_positional: Any, **values: Any) -> Self:
+    def __new__(cls, *positional: Any, **values: Any) -> Self:
         """Refuses unknown keywords by name; Python's own answer would not say which was meant."""
+        if positional:
+            got = reprlib.repr(positional[0])
+            raise InvalidSamplingError("parameters go by name", expected="such as temperature=0.7", got=got)
         _require_known(cls, values)
         return object.__new__(cls)
 
@@ -113,11 +116,18 @@ class SamplingParams:
             UnknownKeyError: a key that is no sampling parameter; the message has the nearest that is.
             InvalidSamplingError: a value of the wrong type or out of its range.
         """
+        _require_mapping(values)
         _require_known(cls, values)
         return cls(**values)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # frozen for everyone but the constructor
+
+
+def _require_mapping(values: object) -> None:
+    if not isinstance(values, Mapping):
+        got = f"{reprlib.repr(values)} ({type(values).__name__})"
+        raise InvalidSamplingError("not a mapping of sampling parameters", expected="a dict", got=got)
 
 
 def _require_known(kind: type[SamplingParams], keys: Iterable[object]) -> None:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import secrets
 
+from isobatch.engine.sampling_params import SamplingParams
+
 _MASK = (1 << 64) - 1
 
 
-def drawn_seed() -> int:
-    """A seed for a request that names none, from the operating system; the reply reports it."""
-    return secrets.randbits(64)
+def seed_for(params: SamplingParams) -> int:
+    """The seed of a request: its own, or where it names none one from the operating system.
+
+    At temperature 0 nothing is drawn, and the seed is 0, so that equal requests get equal replies.
+    """
+    if params.seed is not None:
+        return params.seed
+    return secrets.randbits(64) if params.temperature > 0 else 0
 
 
 def seed_of(seed: int, index: int) -> int:

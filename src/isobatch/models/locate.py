@@ -39,6 +39,13 @@ def locate(path_or_repo: object) -> Path:
     if path_or_repo == "demo":
         return demo_weights()
     path = Path(path_or_repo).expanduser()
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass  # perhaps a repository
+    except (OSError, ValueError) as error:  # a name that no file can have, or one that may not be looked at
+        got = reprlib.repr(str(path_or_repo))
+        raise ModelNotFoundError(f"no model {got}", expected="a path that can be read", got=error) from error
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():
