@@ -24,7 +24,7 @@ _AT_A_TIME = 1 << 20
 
 
 @kernel
-def _margins(logits, ids, position, first, margins, winners):  # type: ignore[no-untyped-def]
+def _margins(logits, ids, position, first, margins, winners):
     for s in prange(len(margins)):
         best, second, winner = -np.inf, -np.inf, 0
         for i in range(len(ids)):

@@ -11,11 +11,12 @@ import torch
 from isobatch.cli.bench_attention import attention_points, attention_summary
 from isobatch.cli.bench_moe import moe_points, moe_summary
 from isobatch.cli.bench_rows import row_points, row_summary
+from isobatch.cli.checks import verdicts_on
 from isobatch.cli.goals import Point, at_least, at_most, geometric_mean
 from isobatch.errors import IntegrityError
 from isobatch.kernels import plan as plans
 from isobatch.kernels.attention.gpu_record import certify_library
-from isobatch.kernels.bitclass import Verdict, certify
+from isobatch.kernels.bitclass import Verdict
 from isobatch.kernels.gpu.catalogue import GPU_RECORDS
 from isobatch.kernels.gpu.device import device, dtypes
 from isobatch.kernels.gpu.timing import microseconds
@@ -59,12 +60,7 @@ def gate(progress: Callable[[str], None]) -> list[Verdict]:
     Returns:
         The verdict on each; a single refusal means that nothing may be measured.
     """
-    verdicts = []
-    for record in GPU_RECORDS.values():
-        for member in record.members:
-            progress(f"certifying {record.name}/{member.name}")
-            verdicts.append(certify(record, member))
-    return verdicts
+    return verdicts_on(GPU_RECORDS, lambda name: progress(f"certifying {name}"))
 
 
 def libraries(progress: Callable[[str], None]) -> list[dict[str, Any]]:

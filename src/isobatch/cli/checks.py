@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from isobatch.kernels.bitclass import certify
+from isobatch.kernels.bitclass import Verdict, certify
 from isobatch.kernels.catalogue import RECORDS
+from isobatch.kernels.registry import OpRecord
 from isobatch.ops.environment import deviations
 from isobatch.ops.fingerprint import computed_digests, golden_digests
 
@@ -53,13 +54,19 @@ def check_digests(progress: Progress) -> Check:
     return Check("golden digests", f"{len(golden) - len(failures)} of {len(golden)} equal", tuple(failures))
 
 
-def check_members(progress: Progress) -> Check:
-    """Whether all members of each bit class still agree, bit by bit."""
+def verdicts_on(records: Mapping[str, OpRecord], progress: Progress) -> list[Verdict]:
+    """Certifies every member of some records."""
     verdicts = []
-    for record in RECORDS.values():
+    for record in records.values():
         for member in record.members:
             progress(f"{record.name}/{member.name}")
             verdicts.append(certify(record, member))
+    return verdicts
+
+
+def check_members(progress: Progress) -> Check:
+    """Whether all members of each bit class still agree, bit by bit."""
+    verdicts = verdicts_on(RECORDS, progress)
     inputs = sum(verdict.inputs for verdict in verdicts)
     failures = tuple(str(verdict) for verdict in verdicts if not verdict.member)
     certified = len(verdicts) - len(failures)

@@ -75,19 +75,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("isobatch: interrupted", file=sys.stderr)
         return _INTERRUPTED
     except BrokenPipeError:
-        # Python flushes stdout once more as it exits, and would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return _NO_READER
     except OSError as error:
         if error.errno not in _NO_ROOM:
             traceback.print_exc()
             return _INTERNAL
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         print(f"isobatch: the output cannot be written: {error.strerror}", file=sys.stderr)
         return _UNUSABLE
     except Exception:  # noqa: BLE001 - left to Python it would exit with 1, which means a broken promise
         traceback.print_exc()
         return _INTERNAL
+
+
+def _discard_output() -> None:
+    """Python flushes stdout once more as it exits, and would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(words: Sequence[str]) -> int:

@@ -18,16 +18,13 @@ from isobatch.kernels.attention.record import AttentionCase
 from isobatch.kernels.attention.triton import Tile, attention_row, attention_tiled, write_kv
 from isobatch.kernels.bitclass import Verdict, certify
 from isobatch.kernels.data import floats, integers
-from isobatch.kernels.gpu.device import INTERPRETED, device, dtypes
+from isobatch.kernels.gpu.data import case_variants, split_variant
+from isobatch.kernels.gpu.device import INTERPRETED, device
 from isobatch.kernels.layout import PAGE, Layout, PagedRows
 from isobatch.kernels.registry import Member, OpRecord, Outputs, Reordering
 from isobatch.kernels.stock import STOCK, DenseCache, DenseWeight
 
 GPU_ATTENTION = Layout(weight=DenseWeight, cache=GpuKVCache)
-_DTYPES = {
-    str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp"): dtype
-    for dtype in dtypes()
-}
 _SHAPES = (
     {"grouped": (2, 1, 16)}
     if INTERPRETED
@@ -83,7 +80,7 @@ class GpuAttentionCase(AttentionCase):
 
 def draw(name: str, rows: int, variant: str) -> GpuAttentionCase:
     """Chunks of three requests that end on both sides of page and block edges, and decode rows."""
-    shape, dtype = variant.split("/")
+    shape, dtype = split_variant(variant)
     H, Hkv, D = _SHAPES[shape]
     queries: list[tuple[int, int]] = []
     ends = [e for e in (1, 16, 17, 127, 128, 129, 255, 256, 257, 513, 640) if e < _LENGTH] + [_LENGTH]
@@ -96,7 +93,7 @@ def draw(name: str, rows: int, variant: str) -> GpuAttentionCase:
 
     # Whatever is drawn, one row sees all the keys: on few keys two orders may agree.
     queries = [*queries[len(queries) - rows + 1 :], (2, _LENGTH - 1)]
-    return GpuAttentionCase(tuple(queries), *numbers(name, 3, _LENGTH, H, Hkv, D, _DTYPES[dtype]))
+    return GpuAttentionCase(tuple(queries), *numbers(name, 3, _LENGTH, H, Hkv, D, dtype))
 
 
 def numbers(
@@ -145,7 +142,7 @@ ATTENTION_GPU = OpRecord(
     stock=Member("torch", stock.attention, STOCK),
     reference=stock.attention_ref,
     draw=draw,
-    variants=tuple(f"{shape}/{dtype}" for shape in _SHAPES for dtype in _DTYPES),
+    variants=case_variants(*_SHAPES),
     thresholds=(2, 16) if INTERPRETED else (16, 40, 128, 512),
     reorder=reorder,
 )
