@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("bench: --only", expected="bench gpu", got=f"bench {arguments.target}")
     console = Console(stderr=True)
     with console.status("checking the bits") as status:
-        tell = status.update if console.is_terminal else partial(console.print, markup=False, soft_wrap=True)
+        tell = status.update if console.is_terminal else console.log
         report = _gpu(arguments.only, tell) if arguments.target == "gpu" else _cpu(arguments, tell)
     if failures := report.get("failures"):
         for failure in failures:

@@ -84,7 +84,7 @@ SAMPLE = OpRecord(
     free_axes=("rows", "cut"),
     fixed_axes=("V",),
     members=(
-        Member("cpu", _on_cpu(cpu.sample), STOCK),
+        Member("cpu", _on_cpu(cpu.sample), STOCK, capturable=False),
         Member("rule", triton.sample, STOCK),
         _member(64, 1, 64),
         _member(1024, 8, 256),
@@ -103,7 +103,7 @@ PENALIZE = OpRecord(
     free_axes=("rows", "cut"),
     fixed_axes=("V",),
     members=(
-        Member("cpu", _on_cpu(cpu.penalize), STOCK),
+        Member("cpu", _on_cpu(cpu.penalize), STOCK, capturable=False),
         Member("rule", triton_penalize.penalize, STOCK),
         Member("short", partial(triton_penalize.penalize_cut, width=128), STOCK),
     ),
