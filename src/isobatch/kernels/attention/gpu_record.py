@@ -137,7 +137,7 @@ ATTENTION_GPU = OpRecord(
     fixed_axes=("H", "Hkv", "D", "scale"),
     members=(
         Member("row", attention_row, GPU_ATTENTION),
-        Member("sixteen", _tiled(Tile(16, 1, 1, packed=False)), GPU_ATTENTION),
+        Member("unpacked", _tiled(Tile(16, 4, 1, packed=False)), GPU_ATTENTION),
         Member("tiles", Attention(decode="tiles", chunk="tiles"), GPU_ATTENTION),
         Member("down, gathered", Attention(decode="down", chunk="gathered"), GPU_ATTENTION),
         Member("phases", Attention(decode="phases"), GPU_ATTENTION),
