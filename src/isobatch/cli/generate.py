@@ -104,6 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(json.dumps(_as_json(prompt, reply)))
         elif single and reply.error is None:
             print(reply.text)
+            _print_seed(llm, reply.completions[0].seed)
         else:
             _print_reply(index, reply)
         if reply.error is not None:
@@ -170,7 +171,11 @@ def _stream(llm: LLM, prompt: str | list[int], params: SamplingParams) -> None:
     finally:
         if said:
             print()
-    print(f"isobatch: fingerprint {llm.fingerprint or 'none'}, seed {params.seed}", file=sys.stderr)
+    _print_seed(llm, params.seed)
+
+
+def _print_seed(llm: LLM, seed: int | None) -> None:
+    print(f"isobatch: fingerprint {llm.fingerprint or 'none'}, seed {seed}", file=sys.stderr)
 
 
 def _print_reply(index: int, reply: Reply) -> None:

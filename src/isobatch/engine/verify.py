@@ -133,7 +133,7 @@ def _other_request(engine: Engine, receipt: Receipt) -> Verdict | None:
     try:
         require_tokens(prompt, params, model.vocab_size, has_text=tokenizer is not None)
     except RequestError as error:
-        return _refuted("prompt.token_ids", "such a request", f"refused: {error}")
+        return _refuted("request", "such a request", f"refused: {error}")
     if (limit := len(prompt) + params.max_tokens) > model.context_length:
         return _refuted("params.max_tokens", limit, model.context_length, "tokens, prompt included")
     try:
@@ -155,7 +155,7 @@ def _other_reply(engine: Engine, receipt: Receipt, chunk: int) -> Verdict | None
     tokens, params = receipt.token_ids, receipt.params
     vocabulary, limit = engine.decoder.config.vocab_size, len(receipt.prompt_token_ids) + params.max_tokens
     strange = next((at for at, token in enumerate(tokens) if token >= vocabulary), len(tokens))
-    # Neither can be followed by another token, so the reply goes on in nobody's mouth but the receipt's.
+    # Beyond either there is nothing to compute: the token is refuted, or the reply is over.
     checked = min(strange + 1, params.max_tokens, len(tokens))
     told = Transcript(_state(receipt, 0), engine.tokenizer.incremental() if engine.tokenizer else None)
     at = 0
