@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import reprlib
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
@@ -14,10 +13,12 @@ from isobatch.config import EngineConfig
 from isobatch.engine import sampler
 from isobatch.engine.batch import LogitRow, build_batch
 from isobatch.engine.block_pool import BlockPool
+from isobatch.engine.inputs import require_tokens
 from isobatch.engine.memory import kv_blocks
 from isobatch.engine.output import Reply, TokenLogProbs
 from isobatch.engine.policies import policy_from_name
 from isobatch.engine.prefix_cache import PrefixCache
+from isobatch.engine.receipt import row_digests
 from isobatch.engine.request import FinishReason, Sequence
 from isobatch.engine.sampling_params import SamplingParams
 from isobatch.engine.scheduler import Scheduler
@@ -28,7 +29,6 @@ from isobatch.errors import (
     ConfigError,
     InvalidSamplingError,
     NonFiniteLogitsError,
-    PromptError,
     RequestError,
     UnknownRequestError,
 )
@@ -36,6 +36,7 @@ from isobatch.kernels.layout import PAGE
 from isobatch.models.config import ModelConfig
 from isobatch.models.decoder import Decoder
 from isobatch.ops.environment import require_ieee_here
+from isobatch.ops.fingerprint import Identity
 
 
 @dataclass(slots=True)
@@ -63,11 +64,13 @@ class _Result:
         row: its meaning.
         token: chosen, or known already from the prompt; -1 where the logits hold NaN or infinity.
         entry: the token's log-probabilities, if the request wants them.
+        digest: of the row, if the request wants a receipt.
     """
 
     row: LogitRow
     token: int
     entry: TokenLogProbs | None
+    digest: bytes | None
 
 
 def _rows(logits: torch.Tensor, at: list[int]) -> torch.Tensor:
@@ -102,7 +105,7 @@ class Engine:
         decoder: the model.
         tokenizer: for text and stop strings; None for a model that has none.
         config: how to use the machine.
-        fingerprint: goes into every reply; None with stock kernels.
+        identity: of model and numerics, whose fingerprint goes into every reply; None with stock kernels.
 
     Raises:
         ConfigError: as `check_settings`.
@@ -118,18 +121,18 @@ class Engine:
         decoder: Decoder,
         tokenizer: Tokenizer | None,
         config: EngineConfig,
-        fingerprint: str | None = None,
+        identity: Identity | None = None,
     ) -> None:
         check_settings(decoder.config, config)
         self.decoder = decoder
         self.require_ieee()
         self.tokenizer = tokenizer
         self.config = config
-        self.fingerprint = fingerprint
+        self.identity = identity
         self.max_context = config.max_context or decoder.config.context_length
         self._blocks = kv_blocks(decoder.config, config.kv_cache_bytes, config.number_bytes)
         self._caches = decoder.kv_caches(self._blocks)
-        self._eos = frozenset(tokenizer.eos_token_ids if tokenizer else decoder.config.eos_token_ids)
+        self.eos_token_ids = frozenset(tokenizer.eos_token_ids if tokenizer else decoder.config.eos_token_ids)
         self._requests: dict[int, _Request] = {}
         self._ids = itertools.count()
         self._start_over()
@@ -174,30 +177,13 @@ class Engine:
 
         Raises:
             PromptError: token ids that the model does not have, none at all, or too many.
-            InvalidSamplingError: parameters that this model cannot serve.
+            InvalidSamplingError: parameters that this model cannot serve, or a receipt from stock kernels.
             CapacityError: it would never fit in the KV cache.
         """
         vocabulary = self.decoder.config.vocab_size
-        strange = [t for t in prompt_ids if type(t) is not int or not 0 <= t < vocabulary]
-        if strange:
-            raise PromptError(
-                "a prompt with tokens that the model does not have",
-                expected=f"integers from 0 to {vocabulary - 1}",
-                got=reprlib.repr(strange[0]),
-                fix="tokenize with this model's own tokenizer",
-            )
-        if params.stop and self.tokenizer is None:
-            raise InvalidSamplingError(
-                "stop strings for a model without a tokenizer", fix="use stop_token_ids instead"
-            )
-        beyond = [token for token in params.stop_token_ids if token >= vocabulary]
-        if beyond:
-            raise InvalidSamplingError(
-                "a stop token that the model does not have",
-                expected=f"ids from 0 to {vocabulary - 1}",
-                got=reprlib.repr(beyond[0]),
-                fix="take it from this model's own tokenizer",
-            )
+        require_tokens(prompt_ids, params, vocabulary, has_text=self.tokenizer is not None)
+        if params.receipt and self.identity is None:
+            raise InvalidSamplingError("a receipt for what cannot be verified", fix="use certified kernels")
         self.scheduler.require_room(len(prompt_ids), params.max_tokens)
 
     def new_id(self) -> int:
@@ -334,7 +320,10 @@ class Engine:
             at = [i for i, _ in wanted]
             asked = [(tokens[i], count) for i, count in wanted]
             entries = dict(zip(at, sampler.log_probs(ops, _rows(logits, at), asked), strict=True))
-        return [_Result(row, tokens[i], entries.get(i)) for i, row in enumerate(rows)]
+        digests: dict[int, bytes] = {}
+        if at := [i for i, row in enumerate(rows) if row.samples and row.sequence.params.receipt]:
+            digests = dict(zip(at, row_digests(_rows(logits, at)), strict=True))
+        return [_Result(row, tokens[i], entries.get(i), digests.get(i)) for i, row in enumerate(rows)]
 
     def _take_in(self, result: _Result) -> _Request:
         """Records one row's result, and ends what is over. Returns the request it belongs to."""
@@ -351,7 +340,9 @@ class Engine:
         sequence.append(result.token)
         if entry is not None:
             transcript.log_probs.append(entry)
-        reason = transcript.push(result.token, self._eos, self.scheduler.token_limit(sequence))
+        if result.digest is not None:
+            transcript.row_digests.append(result.digest)
+        reason = transcript.push(result.token, self.eos_token_ids, self.scheduler.token_limit(sequence))
         if reason is not None:
             self.scheduler.finish(sequence, reason)
         return request
@@ -376,14 +367,15 @@ class Engine:
             positions = range(1, len(request.prompt_ids))
             prompt_log_probs = tuple(request.prompt_log_probs[p] for p in positions)
         # How far the others of the n were when one failed is a matter of the load: they are not handed out.
-        completions = () if request.error is not None else tuple(t.completion() for t in request.transcripts)
+        finished = () if request.error is not None else request.transcripts
+        limit = self.scheduler.token_limit(first)
         return Reply(
             request_id=request.id,
             prompt_token_ids=request.prompt_ids,
-            completions=completions,
+            completions=tuple(transcript.completion(self.identity, limit) for transcript in finished),
             prompt_log_probs=prompt_log_probs,
             cached_tokens=first.cached_tokens,
-            fingerprint=self.fingerprint,
+            fingerprint=None if self.identity is None else self.identity.fingerprint,
             error=request.error,
         )
 

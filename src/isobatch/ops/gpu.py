@@ -21,7 +21,7 @@ from isobatch.kernels.layout import PagedRows
 from isobatch.kernels.linear.gpu import Linear
 from isobatch.kernels.qkv.triton import qk_norm_rotary_write
 from isobatch.kernels.sampling.triton import sample
-from isobatch.ops.fingerprint import computed_digests, fingerprint_of
+from isobatch.ops.fingerprint import computed_digests, numerics_class_of
 from isobatch.ops.ops import Ops
 
 
@@ -68,7 +68,7 @@ def _table(attention: Attention) -> dict[str, Callable[..., Any]]:
     }
 
 
-def gpu_fingerprint(dtype: torch.dtype) -> str:
+def gpu_numerics_class(dtype: torch.dtype) -> str:
     """Names the numerics class of this GPU's architecture family, from the bits that its kernels give now.
 
     No digests ship for GPUs: the order inside a tensor-core step is the architecture's, and the compiler is
@@ -84,4 +84,4 @@ def gpu_fingerprint(dtype: torch.dtype) -> str:
         )
         for name, record in GPU_RECORDS.items()
     }
-    return fingerprint_of(architecture(), str(dtype), computed_digests(records=records))
+    return numerics_class_of(architecture(), str(dtype), computed_digests(records=records))
