@@ -67,7 +67,8 @@ def _draw_penalize(name: str, rows: int, _variant: str) -> RowCase:
 
 def _on_cpu(function: Any) -> Any:
     def run(logits: torch.Tensor, rows: Any) -> torch.Tensor:
-        there = type(rows)(**{f.name: getattr(rows, f.name).cpu() for f in fields(rows)})
+        columns = {f.name: getattr(rows, f.name) for f in fields(rows)}
+        there = type(rows)(**{k: v.cpu() for k, v in columns.items() if isinstance(v, torch.Tensor)})
         return to_device(function(logits.cpu(), there))
 
     return run
