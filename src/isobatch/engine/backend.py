@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -9,11 +10,27 @@ import torch
 from isobatch.config import EngineConfig
 from isobatch.engine.memory import available_bytes, require, weight_bytes
 from isobatch.errors import MissingDependencyError
-from isobatch.models.checkpoint import Checkpoint
+from isobatch.kernels.cpu.random_weights import random_weights
+from isobatch.models.checkpoint import Checkpoint, open_checkpoint
 from isobatch.models.config import ModelConfig
 from isobatch.models.loading import coded_bytes
+from isobatch.models.random_weights import RandomCheckpoint, random_config
 from isobatch.ops import Ops, certified_ops, stock_ops
 from isobatch.ops.fingerprint import fingerprint
+
+
+def open_model(model: str | Path, config: EngineConfig) -> Checkpoint:
+    """The weights that the settings ask for: those of a checkpoint, or random ones.
+
+    Raises:
+        ModelError: the model cannot be used.
+        ConfigError: random weights for an unknown model, or for more layers than it has.
+        MissingDependencyError, UnsupportedOpError: as `make_ops`.
+    """
+    if config.load == "checkpoint":
+        return open_checkpoint(model)
+    numbers = _gpu().random_weights if config.device == "cuda" else random_weights
+    return RandomCheckpoint(random_config(model, config.layers), config.weights_seed, numbers, Path(model))
 
 
 def make_ops(config: EngineConfig, model: ModelConfig) -> Ops:
