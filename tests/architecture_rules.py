@@ -85,6 +85,9 @@ NEIGHBOURS = {
     ("kernels/cpu/layout.py", "linear"),  # the layout of weights is linear's
     ("kernels/cpu/layout.py", "attention"),  # and that of caches attention's
     ("kernels/gpu/layout.py", "attention"),  # likewise on the GPU
+    ("kernels/gpu/layout.py", "moe"),  # and the widths that experts may have
+    ("kernels/moe/cpu.py", "linear"),  # an expert's products are linear's
+    ("kernels/moe/cpu.py", "activation"),
     ("kernels/qkv/gpu_record.py", "rms_norm"),  # the fused kernel is certified against the separate ones
     ("kernels/qkv/gpu_record.py", "rotary"),
     ("kernels/cpu/random_weights.py", "sampling"),  # the one generator of random words

@@ -121,7 +121,7 @@ def test_control_with_a_fused_widening_is_refused() -> None:
     def linear(x: torch.Tensor, weight: FusedWeight, bias: torch.Tensor | None) -> Any:
         return function(x, weight.packed, bias)
 
-    verdict = certify(op, Member("fused", linear, Layout(FusedWeight, CPU.cache)), (2, 7))
+    verdict = certify(op, Member("fused", linear, Layout(FusedWeight, CPU.cache, CPU.stack)), (2, 7))
     assert not verdict.member
     assert verdict.refuted_by == "q4 with offset, 2 rows"
 

@@ -132,18 +132,21 @@ def test_text_is_refused(folder: Path) -> None:
         llm.generate([1], SamplingParams(stop=("x",)))
 
 
-@pytest.mark.parametrize("name", [name for name, dimensions in PRESETS.items() if not dimensions.experts])
+@pytest.mark.parametrize("name", PRESETS)
 def test_preset_is_a_whole_configuration(name: str) -> None:
     config, shapes = random_config(name), preset(name).products()
     assert (config.vocab_size, config.hidden_size) == shapes["lm_head"]
     heads = config.num_heads + 2 * config.num_kv_heads
     assert (heads * config.head_size, config.hidden_size) == shapes["qkv"]
-    assert (2 * config.intermediate_size, config.hidden_size) == shapes["gate_up"]
+    if config.moe is None:
+        assert (2 * config.intermediate_size, config.hidden_size) == shapes["gate_up"]
+    assert (config.moe is None) == (preset(name).experts == 0)
 
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("qwen3-0.6b", 0.596), ("qwen3-8b", 8.19), ("qwen3-32b", 32.76), ("llama-3-1b", 1.236),
+    [("qwen3-0.6b", 0.596), ("qwen3-8b", 8.19), ("qwen3-32b", 32.76),
+     ("qwen3-30b-a3b", 30.53), ("qwen3-235b-a22b", 235.09), ("llama-3-1b", 1.236),
      ("llama-3-8b", 8.03), ("llama-3-70b", 70.55), ("smollm2-135m", 0.1345)],
 )  # fmt: skip
 def test_preset_has_as_many_weights_as_its_model(name: str, billions: float) -> None:

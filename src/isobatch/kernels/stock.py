@@ -5,6 +5,7 @@ Nothing here is certified and nothing here carries a fingerprint.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,23 @@ class DenseWeight:
 
 
 @dataclass(frozen=True, slots=True)
+class DenseStack:
+    """Matrices of experts side by side: [E, N, K], contiguous."""
+
+    dense: torch.Tensor
+
+    @property
+    def weights(self) -> list[DenseWeight]:
+        """Views of each."""
+        return [DenseWeight(matrix) for matrix in self.dense]
+
+    @classmethod
+    def empty(cls, outputs: int, inputs: int, codings: Sequence[Coding]) -> DenseStack:
+        """Uninitialised, float32."""
+        return cls(torch.empty(len(codings), outputs, inputs, dtype=torch.float32, device="cpu"))
+
+
+@dataclass(frozen=True, slots=True)
 class DenseCache:
     """Keys and values of one layer: float32 [blocks, 16, Hkv, D] each."""
 
@@ -53,4 +71,4 @@ class DenseCache:
         return cls(*(torch.zeros(shape, dtype=torch.float32, device="cpu") for _ in "kv"))
 
 
-STOCK = Layout(weight=DenseWeight, cache=DenseCache)
+STOCK = Layout(weight=DenseWeight, cache=DenseCache, stack=DenseStack)

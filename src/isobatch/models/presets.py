@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from isobatch.errors import ConfigError, UnknownKeyError, UnsupportedModelError
-from isobatch.models.config import Architecture, ModelConfig, RopeConfig
+from isobatch.errors import ConfigError, UnknownKeyError
+from isobatch.models.config import QK_NORMED, Architecture, ModelConfig, MoeConfig, RopeConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,19 +89,18 @@ class Dimensions:
         return shapes
 
     def config(self) -> ModelConfig:
-        """The whole configuration.
-
-        Raises:
-            UnsupportedModelError: a mixture of experts.
-        """
-        family = self.family
+        """The whole configuration."""
+        family, moe = self.family, None
         if self.experts:
-            raise UnsupportedModelError("mixtures of experts are not there yet")
+            moe = MoeConfig(
+                experts=self.experts, active=self.active_experts, inner=self.inner, renormalise=True
+            )
         return ModelConfig(
-            architecture=family.architecture,
+            architecture="qwen3_moe" if moe else family.architecture,
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
-            intermediate_size=self.inner,
+            # Of a mixture no layer has this width, but its config.json names it: that of all active experts.
+            intermediate_size=self.inner * max(1, self.active_experts),
             num_layers=self.layers,
             num_heads=self.heads,
             num_kv_heads=self.kv_heads,
@@ -112,7 +111,8 @@ class Dimensions:
             tie_embeddings=self.tied,
             attention_bias=False,
             output_bias=False,
-            qk_norm=family.architecture == "qwen3",
+            qk_norm=family.architecture in QK_NORMED,
+            moe=moe,
             bos_token_id=family.bos,
             eos_token_ids=family.eos,
         )
