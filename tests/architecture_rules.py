@@ -290,15 +290,21 @@ def _spans(text: str) -> list[str]:
 
 @cache
 def _members() -> dict[str, set[str]]:
-    """Names defined in each class of the package."""
+    """Names defined in each class of the package, those of its bases included."""
     members: dict[str, set[str]] = {}
+    bases: dict[str, list[str]] = {}
     for text in SOURCE.values():
         for node in ast.walk(_parse(text)):
             if isinstance(node, ast.ClassDef):
                 methods = {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
                 fields = {ast.unparse(part.target) for part in node.body if isinstance(part, ast.AnnAssign)}
                 members.setdefault(node.name, set()).update(methods | fields)
-    return members
+                bases.setdefault(node.name, []).extend(map(ast.unparse, node.bases))
+
+    def inherited(name: str) -> set[str]:
+        return members[name].union(*(inherited(base) for base in bases[name] if base in members))
+
+    return {name: inherited(name) for name in members}
 
 
 def _tests(path: Path) -> set[str]:

@@ -290,13 +290,16 @@ def _refuse_what_we_lack(fields: Fields, architecture: Architecture) -> None:
 
 def _moe(fields: Fields) -> MoeConfig:
     # transformers 5 calls them local experts.
-    name = "num_experts" if fields.has("num_experts") else "num_local_experts"
+    name = "num_local_experts" if fields.has("num_local_experts") else "num_experts"
+    count = fields.get(name, int)
+    other = fields.get("num_experts", int, count)
+    _require(other == count, "num_experts", f"the same as num_local_experts, {count}", other)
     step, layers = fields.get("decoder_sparse_step", int, 1), fields.get("num_hidden_layers", int)
     _require(step > 0, "decoder_sparse_step", "more than 0", step)
     dense = set(fields.items("mlp_only_layers", int)) if fields.has("mlp_only_layers") else set()
     dense |= {layer for layer in range(min(layers, _MOST_LAYERS)) if (layer + 1) % step}
     return MoeConfig(
-        experts=fields.get(name, int),
+        experts=count,
         active=fields.get("num_experts_per_tok", int),
         inner=fields.get("moe_intermediate_size", int),
         renormalise=fields.get("norm_topk_prob", bool, False),
