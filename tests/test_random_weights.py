@@ -26,15 +26,20 @@ from isobatch.errors import (
 from isobatch.kernels.cpu.random_weights import random_weights
 from isobatch.kernels.gpu import random_weights as gpu
 from isobatch.kernels.gpu.device import dtypes
+from isobatch.kernels.linear.weight import PackedWeight
+from isobatch.kernels.stock import DenseWeight
 from isobatch.models.config import ModelConfig
+from isobatch.models.layers import SparseMLP
+from isobatch.models.loading import load_decoder
 from isobatch.models.presets import PRESETS, preset
 from isobatch.models.random_weights import RandomCheckpoint, random_config
+from isobatch.ops import certified_ops
+from isobatch.ops.gpu import GpuOps
 from tests.checkpoints import tiny_model
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SPANS = [(0, 5), (3, 1), (5, 4096), (2**33 + 2, 77)]
 PARAMS = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-NAME = str(dtypes()[0]).removeprefix("torch.")
 SMALL: dict[str, Any] = {"load": "random", "kv_cache_bytes": 1 << 20, "progress": False}
 
 
@@ -102,6 +107,13 @@ def test_model_of_a_configuration_answers_the_same_each_time(folder: Path) -> No
     assert "".join(first.stream([1, 2, 3], PARAMS)) == ""
 
 
+def test_mixture_of_experts_answers(tmp_path: Path) -> None:
+    tiny_model("qwen3_moe").config.save_pretrained(tmp_path)
+    for kernels in ("isobatch", "stock"):
+        (reply,) = LLM(tmp_path, kernels=kernels, **SMALL).generate([1, 2, 3], PARAMS)
+        assert len(reply.completions[0].token_ids) == 4
+
+
 def test_layers_truncate_the_model(folder: Path) -> None:
     llm = LLM(folder, layers=1, **SMALL)
     assert len(llm.engine.decoder.layers) == llm.engine.decoder.config.num_layers == 1
@@ -109,15 +121,27 @@ def test_layers_truncate_the_model(folder: Path) -> None:
         LLM(folder, layers=3, **SMALL)
 
 
-def test_gpu_has_the_same_model(folder: Path) -> None:
-    ours = LLM(folder, **SMALL).engine.decoder
-    theirs = LLM(folder, device="cuda", dtype=NAME, **SMALL).engine.decoder
-    width = ours.config.hidden_size
-    rows = torch.arange(ours.config.vocab_size)
-    embedding: Any = ours.embedding
-    assert bits_equal(embedding.rows(rows).floats(), theirs.embedding.dense.float().cpu())  # type: ignore[attr-defined]
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen3_moe"])
+def test_gpu_has_the_same_model(architecture: str, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"moe_intermediate_size": 64} if architecture == "qwen3_moe" else {}
+    tiny_model(architecture, **changes).config.save_pretrained(tmp_path)
+    config = random_config(tmp_path)
+    ops = GpuOps(dtypes()[0], (config.num_heads, config.num_kv_heads, config.head_size))
+    ours = load_decoder(checkpoint(config), certified_ops())
+    theirs = load_decoder(RandomCheckpoint(config, 0, gpu.random_weights, Path("tiny")), ops)
+    pairs = [(ours.embedding, theirs.embedding)]
     assert bits_equal(ours.final_norm.weight, theirs.final_norm.weight.float().cpu())
-    assert ours.final_norm.weight.shape == (width,)
+    for one, other in zip(ours.layers, theirs.layers, strict=True):
+        pairs.append((one.attention.qkv, other.attention.qkv))
+        if isinstance(one.mlp, SparseMLP) and isinstance(other.mlp, SparseMLP):
+            experts = (one.mlp.experts, other.mlp.experts)
+            pairs += zip(*(each.down.weights for each in experts), strict=True)
+            pairs += zip(*(each.gate_up.weights for each in experts), strict=True)
+    for mine, its in pairs:
+        assert isinstance(mine, PackedWeight)
+        assert isinstance(its, DenseWeight)
+        assert bits_equal(mine.rows(torch.arange(mine.outputs)).floats(), its.dense.float().cpu())
+    assert len(pairs) == 3 if architecture == "qwen3" else 3 + 2 * 2 * 8
 
 
 def test_text_is_refused(folder: Path) -> None:
