@@ -12,6 +12,7 @@ import torch
 from isobatch import LLM, EngineConfig, SamplingParams
 from isobatch.bits import bits_equal
 from isobatch.cli import main
+from isobatch.engine import backend
 from isobatch.errors import (
     CheckpointError,
     ConfigError,
@@ -30,7 +31,7 @@ from isobatch.kernels.linear.weight import PackedWeight
 from isobatch.kernels.stock import DenseWeight
 from isobatch.models.config import ModelConfig
 from isobatch.models.layers import SparseMLP
-from isobatch.models.loading import load_decoder
+from isobatch.models.loading import coded_bytes, load_decoder
 from isobatch.models.presets import PRESETS, preset
 from isobatch.models.random_weights import RandomCheckpoint, random_config
 from isobatch.ops import certified_ops
@@ -214,9 +215,13 @@ def test_settings_without_meaning_are_refused(settings: Any, said: str) -> None:
         EngineConfig(**settings)
 
 
-def test_what_does_not_fit_is_refused_before_it_is_made() -> None:
-    with pytest.raises(OutOfMemoryError, match="bytes of weights"):
-        LLM("llama-3-70b", **SMALL | {"kv_cache_bytes": 2**40})
+def test_what_does_not_fit_is_refused_with_how_much_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = 3
+    most = coded_bytes(checkpoint(random_config("qwen3-235b-a22b", layers)))
+    for spare, said in ((0, "layers=3 would fit"), (-1, "layers=2 would fit"), (1 - most, "smaller model")):
+        monkeypatch.setattr(backend, "available_bytes", lambda spare=spare: most + 2**24 + spare)
+        with pytest.raises(OutOfMemoryError, match=said):
+            LLM("qwen3-235b-a22b", **SMALL | {"kv_cache_bytes": 2**24})
 
 
 def test_command_line_takes_token_ids(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from pathlib import Path
 from types import ModuleType
 
@@ -9,7 +10,7 @@ import torch
 
 from isobatch.config import EngineConfig
 from isobatch.engine.memory import available_bytes, require, weight_bytes
-from isobatch.errors import MissingDependencyError
+from isobatch.errors import MissingDependencyError, OutOfMemoryError
 from isobatch.kernels.cpu.random_weights import random_weights
 from isobatch.models.checkpoint import Checkpoint, open_checkpoint
 from isobatch.models.config import ModelConfig
@@ -62,6 +63,32 @@ def require_memory(config: EngineConfig, checkpoint: Checkpoint) -> None:
     else:
         weights = coded_bytes(checkpoint) if config.kernels == "isobatch" else weight_bytes(model)
         require(weights, config.kv_cache_bytes, available_bytes())
+
+
+def require_room(config: EngineConfig, checkpoint: Checkpoint) -> None:
+    """The same, with advice on how many layers of a model with random weights would fit.
+
+    Raises:
+        OutOfMemoryError: as `require_memory`.
+    """
+    try:
+        require_memory(config, checkpoint)
+    except OutOfMemoryError as error:
+        if not isinstance(checkpoint, RandomCheckpoint):
+            raise
+
+        def too_large(layers: int) -> bool:
+            try:
+                require_memory(config, checkpoint.first_layers(layers))
+            except OutOfMemoryError:
+                return True
+            return False
+
+        most = bisect_left(range(1, checkpoint.config.num_layers), True, key=too_large)
+        if not most:
+            raise
+        fix = f"layers={most} would fit"
+        raise OutOfMemoryError(error.what, expected=error.expected, got=error.got, fix=fix) from error
 
 
 def numerics(config: EngineConfig) -> str | None:

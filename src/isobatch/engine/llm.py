@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from isobatch.config import EngineConfig
-from isobatch.engine.backend import make_ops, numerics, open_model, require_memory
+from isobatch.engine.backend import make_ops, numerics, open_model, require_room
 from isobatch.engine.engine import Engine, check_settings
 from isobatch.engine.inputs import Message, Prompt, as_config, as_conversations, as_params, as_prompts
 from isobatch.engine.output import Reply
@@ -63,7 +63,7 @@ class LLM:
         checkpoint = open_model(model, self.config)
         try:
             check_settings(checkpoint.config, self.config)
-            require_memory(self.config, checkpoint)
+            require_room(self.config, checkpoint)
             stored = self.config.load == "checkpoint"
             self._tokenizer = load_tokenizer(checkpoint.path, checkpoint.config) if stored else None
             ops = make_ops(self.config, checkpoint.config)

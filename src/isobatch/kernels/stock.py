@@ -36,8 +36,9 @@ class DenseWeight:
         return cls(torch.empty(outputs, inputs, dtype=torch.float32, device="cpu"))
 
     def put(self, start: int, rows: CodedRows) -> None:
-        """Stores rows [start, start + len(rows)), widened."""
-        self.dense[start : start + len(rows)] = rows.floats()
+        """Stores rows [start, start + len(rows)), rounded to this weight's dtype where it is narrower."""
+        # Codes without scales are numbers. They go as they are, perhaps to another device in half the bytes.
+        self.dense[start : start + len(rows)] = rows.codes if rows.scales is None else rows.floats()
 
 
 @dataclass(frozen=True, slots=True)

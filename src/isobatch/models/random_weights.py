@@ -93,6 +93,10 @@ class RandomCheckpoint:
         self._seed, self._numbers = seed, numbers
         self._shapes = expected_tensors(config)
 
+    def first_layers(self, count: int) -> RandomCheckpoint:
+        """The same without the layers after these."""
+        return RandomCheckpoint(replace(self.config, num_layers=count), self._seed, self._numbers, self.path)
+
     def names(self) -> frozenset[str]:
         """The names of all tensors."""
         return frozenset(self._shapes)

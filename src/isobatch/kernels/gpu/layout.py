@@ -21,7 +21,7 @@ class _Weights:
     dtype: torch.dtype
 
     def empty(self, outputs: int, inputs: int, _coding: Coding) -> DenseWeight:
-        """[N, K] on the device: rows are widened to float32, then rounded to the dtype, once."""
+        """[N, K] on the device: the numbers of rows are rounded to the dtype, once."""
         return DenseWeight(torch.empty(outputs, inputs, dtype=self.dtype, device=device()))
 
 
