@@ -23,23 +23,12 @@ from isobatch.kernels.moe.gpu_record import case as experts_case
 from isobatch.kernels.plan import Plan
 from isobatch.kernels.registry import Member
 from isobatch.kernels.stock import STOCK, DenseWeight
+from tests.gpu_faults import split_by_load
 
 DTYPE = dtypes()[0]
 SMALL = Shape(48, 64, DTYPE, DTYPE) if INTERPRETED else Shape(1024, 4096, DTYPE, DTYPE)
 OWN, LIBRARY = "16x32x32.4.2w", "lt16.0"
 needs_gpu = pytest.mark.skipif(INTERPRETED, reason="no GPU: the library has no interpreter")
-
-
-def split_by_load(x: torch.Tensor, weight: DenseWeight, bias: Any = None, out_dtype: Any = None) -> Any:
-    """What load makes of a GEMM in a server: with few rows, K is split in two, and the parts are added."""
-    if len(x) > 8:
-        return linear_plain(x, weight, bias, out_dtype)
-    half = x.shape[1] // 2
-    parts = [
-        linear_plain(x[:, part], DenseWeight(weight.dense[:, part]), None, torch.float32)
-        for part in (slice(0, half), slice(half, None))
-    ]
-    return (parts[0] + parts[1]).to(out_dtype or x.dtype)
 
 
 def test_a_split_chosen_from_load_is_refused() -> None:
@@ -140,7 +129,7 @@ def test_a_tiles_name_says_all_there_is_to_it(name: str) -> None:
 def test_error_is_at_most_twice_torchs_own(op: str, dtype: torch.dtype) -> None:
     record = GPU_RECORDS[op]
     shape = Shape(SMALL.outputs, SMALL.inputs, dtype, dtype)
-    drawn = case(shape, "wide", 64) if op == "linear" else experts_case("error", 64, dtype, mirrored=False)
+    drawn = case(shape, "wide", 64) if op == "linear" else experts_case("error", 64, "plain", dtype)
     (ours,) = drawn.call(record.member(record.production))
     arguments = {key: value for key, value in {**drawn.per_row, **drawn.shared}.items() if key != "out_dtype"}
     assert record.reference is not None

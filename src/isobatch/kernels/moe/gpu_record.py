@@ -35,32 +35,42 @@ def _mirrored(tensor: torch.Tensor, sign: int) -> torch.Tensor:
 
 
 @cache
-def _experts(dtype: torch.dtype, mirrored: bool) -> Experts:
+def _experts(dtype: torch.dtype, kind: str) -> Experts:
     def drawn(name: str, *shape: int) -> torch.Tensor:
         return floats(f"moe/{name}", *shape, kind="plain") / 16
 
-    gate = drawn("gate", _EXPERTS, _INNER, _WIDTH)
-    gate_up = torch.cat(
-        (_mirrored(gate, -1) * 16 if mirrored else gate, drawn("up", _EXPERTS, _INNER, _WIDTH)), 1
-    )
+    gate, up = drawn("gate", _EXPERTS, _INNER, _WIDTH), drawn("up", _EXPERTS, _INNER, _WIDTH)
+    gate_up = torch.cat((gate if kind == "plain" else _mirrored(gate, -1) * 16, up), 1)
     router, down = drawn("router", _EXPERTS, _WIDTH) / 4, drawn("down", _EXPERTS, _WIDTH, _INNER) * 16
+    if kind == "cancelling":
+        # By threes: the second takes back what the first gives, and the third is small beside them. A token
+        # likes the first a little more, and each as much more, so that no choice is a tie.
+        router[1::3], gate_up[1::3], down[1::3] = router[0::3], gate_up[0::3], -down[0::3]
+        router[0::3, 0], router[1::3, 0] = 0.5, 0.5 - 2.0**-9
+        down[0::3] *= 256
+        down[1::3] *= 256
+        gate_up[:, _INNER:] *= 2**13 // _WIDTH  # results that float16 holds, and holds to eleven bits
     router, gate_up, down = (weight.to(device(), dtype) for weight in (router, gate_up, down))
     return Experts(router, gate_up, down, _ACTIVE)
 
 
-def case(name: str, rows: int, dtype: torch.dtype, mirrored: bool) -> RowCase:
+def case(name: str, rows: int, kind: str, dtype: torch.dtype) -> RowCase:
     """x [rows, K] against a layer of experts.
 
     Args:
         name: the seed of x.
         rows: tokens.
+        kind: "mirrored", where each product with a gate meets its negative, so that what is left is rounding
+            errors and another order over k shows; "cancelling", where a token's experts nearly cancel one
+            another as well, so that another order of combining them shows; "plain", ordinary numbers, of
+            which an error can be told.
         dtype: of everything.
-        mirrored: whether each product with a gate meets its negative, so that what is left is rounding errors
-            and another order shows; otherwise ordinary numbers, of which an error can be told.
     """
-    x = floats(f"{name}/x", rows, _WIDTH, kind="wide" if mirrored else "plain")
-    x = (_mirrored(x, 1) if mirrored else x).to(device(), dtype)
-    return RowCase({"x": x}, {"experts": _experts(dtype, mirrored)})
+    x = floats(f"{name}/x", rows, _WIDTH, kind="plain" if kind == "plain" else "wide")
+    if kind == "cancelling":
+        x[:, 0] = 0.25
+    x = (x if kind == "plain" else _mirrored(x, 1)).to(device(), dtype)
+    return RowCase({"x": x}, {"experts": _experts(dtype, kind)})
 
 
 def reorder(case: RowCase) -> Reordering:
@@ -88,8 +98,8 @@ MOE = OpRecord(
     production="16 rows" if INTERPRETED else "by tokens",
     stock=Member("torch", stock.moe, STOCK),
     reference=stock.moe_ref,
-    draw=lambda name, rows, variant: case(name, rows, split_variant(variant)[1], mirrored=True),
-    variants=case_variants("mirrored"),
+    draw=lambda name, rows, variant: case(name, rows, *split_variant(variant)),
+    variants=case_variants("mirrored", "cancelling"),
     # 120 tokens of 60 experts with 4 active are 8 copies per expert; 360, 24; 720, 48. 64: another chunk.
     thresholds=(4,) if INTERPRETED else (4, 64, 120, 360, 720),
     reorder=reorder,
