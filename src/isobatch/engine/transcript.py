@@ -26,6 +26,15 @@ class Transcript:
     log_probs: list[TokenLogProbs] = field(default_factory=list)
     stop_reason: str | int | None = None
 
+    @property
+    def told(self) -> str:
+        """The text without what a stop string still to come might take back."""
+        if self.sequence.finish_reason is not None:
+            return self.text
+        stops, text = self.sequence.params.stop, self.text
+        beginnings = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        return text[: len(text) - max(beginnings, default=0)]
+
     def push(self, token: int, eos_token_ids: Collection[int], token_limit: int) -> FinishReason | None:
         """Takes in the token just appended to the sequence.
 
