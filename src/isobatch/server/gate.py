@@ -17,6 +17,7 @@ from isobatch.server.metrics import Metrics
 _LOG = logging.getLogger("isobatch.server")
 BODY_TIMEOUT_S = 30.0
 """How long a client may take to send a body."""
+MOST_HEADER_BYTES = 64 << 10
 # Without a key: the page and what it is made of, and what probes and collectors ask.
 _OPEN = ("/", "/health", "/ready", "/metrics", "/openapi.json")
 
@@ -53,7 +54,8 @@ class Gate:
         try:
             headers = {name.lower(): value for name, value in scope["headers"]}
             body = _Body(receive, self._most)
-            refusal = self._refusal(scope["path"], headers)
+            size = sum(len(name) + len(value) for name, value in scope["headers"])
+            refusal = self._refusal(scope["path"], headers, size)
             if refusal is not None:
                 await refusal.response()(scope, receive, sending)
                 return
@@ -66,7 +68,10 @@ class Gate:
         finally:
             self._record(scope, status, time.monotonic() - started, log)
 
-    def _refusal(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
+    def _refusal(self, path: str, headers: dict[bytes, bytes], size: int) -> ApiError | None:
+        if size > MOST_HEADER_BYTES:
+            said = f"the headers are larger than {MOST_HEADER_BYTES} bytes"
+            return ApiError(431, "invalid_request_error", said, code="headers_too_large")
         if self._keys and path not in _OPEN and not path.startswith("/static/"):
             given = headers.get(b"authorization", b"").partition(b" ")
             right = [hmac.compare_digest(given[2].strip(), key) for key in self._keys]  # each, always

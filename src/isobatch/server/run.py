@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import socket
 from collections.abc import Mapping
@@ -11,12 +12,12 @@ import uvicorn
 from isobatch.engine.llm import LLM
 from isobatch.errors import ConfigError
 from isobatch.server.app import make_app
+from isobatch.server.gate import MOST_HEADER_BYTES
 from isobatch.server.models import ServerSettings
 
 # What a job's failure may need after the grace period to reach its client.
 _LAST_WORDS_S = 5
 _BACKLOG = 2048
-_MOST_HEADER_BYTES = 64 << 10
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -31,12 +32,12 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        taken = socket.socket(family, kind)
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind(address)
+        with contextlib.closing(socket.socket(family, kind)) as taken:
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            taken.bind(address)
+            return taken.dup()
     except (OSError, OverflowError) as error:
         raise ConfigError(f"cannot listen on {host}:{port}", got=error, fix="try another --port") from error
-    return taken
 
 
 def allow_many_connections() -> None:
@@ -64,9 +65,9 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 backlog=_BACKLOG,
-                # h11 refuses larger headers; uvicorn's other parser has no such limit.
+                # h11 gives up on headers that do not end; uvicorn's other parser has no such limit.
                 http="h11",
-                h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
+                h11_max_incomplete_event_size=MOST_HEADER_BYTES,
                 ws="none",
                 timeout_graceful_shutdown=int(grace_s) + _LAST_WORDS_S,
             )

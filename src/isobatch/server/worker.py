@@ -177,14 +177,14 @@ class Worker:
             with self._lock:
                 while not (self._inbox or self._outbox or live or self._stopping):
                     self._lock.wait()
-                if self._stopping:
-                    return
                 came, gone = self._inbox, set(self._outbox)
                 self._inbox, self._outbox = [], []
             for number, entry in list(live.items()):
-                if entry.job in gone:
+                if entry.job in gone or self._stopping:
                     self.engine.abort(number)
                     del live[number]
+            if self._stopping:
+                return
             for job in came:
                 if job not in gone:
                     for at, prompt in enumerate(job.prompts):
