@@ -21,7 +21,7 @@ from isobatch.server.job import Job
 from isobatch.server.models import Served, pick
 from isobatch.server.protocol import AskRequest
 from isobatch.server.replies import Dict
-from isobatch.server.stream import EventStream
+from isobatch.server.stream import EventStream, Jobs
 
 router = APIRouter()
 
@@ -45,7 +45,7 @@ async def ask(body: AskRequest, request: Request) -> Response:
     params = SamplingParams(temperature=body.temperature, seed=body.seed, max_tokens=body.max_tokens)
     prompt = await served.encode_chat([{"role": "user", "content": body.prompt}])
     served.llm.engine.check_request(prompt, params)
-    jobs: list[Job] = []
+    jobs = Jobs()
     return EventStream(jobs, _Experiment(served, body, prompt, params, jobs).events())
 
 
@@ -61,7 +61,7 @@ class _Experiment:
     """
 
     def __init__(
-        self, served: Served, body: AskRequest, prompt: list[int], params: SamplingParams, jobs: list[Job]
+        self, served: Served, body: AskRequest, prompt: list[int], params: SamplingParams, jobs: Jobs
     ) -> None:
         self._served, self._body, self._prompt, self._params = served, body, prompt, params
         self._jobs = jobs
@@ -71,10 +71,13 @@ class _Experiment:
     async def events(self) -> AsyncIterator[list[Dict]]:
         """Pieces of the copies, "alone" first; at the end how many different answers there were."""
         yield [{"fingerprint": self._served.llm.fingerprint, "prompt_tokens": self._prompt}]
+        self._jobs.when_closed(self._end)
         running = asyncio.create_task(self._run())
         try:
             while (event := await self._events.get()) is not None:
                 yield [event]
+            if self._jobs.closed:
+                return
             await running
         finally:
             running.cancel()
@@ -91,11 +94,14 @@ class _Experiment:
                 for _ in range(self._body.others):
                     group.create_task(self._other(rng))
         finally:
-            self._events.put_nowait(None)
+            self._end()
+
+    def _end(self) -> None:
+        self._events.put_nowait(None)
 
     def _submit(self, prompt: list[int], params: SamplingParams) -> Job:
         job = self._served.worker.submit([prompt], params, streaming=True)
-        self._jobs.append(job)
+        self._jobs.add(job)
         return job
 
     async def _copy(self, cell: int | str, delay_s: float) -> None:

@@ -26,7 +26,7 @@ from isobatch.server.protocol import (
     TokenizeRequest,
 )
 from isobatch.server.replies import Dict, Head, Offsets
-from isobatch.server.stream import EventStream, whole
+from isobatch.server.stream import EventStream, Jobs, whole
 
 router = APIRouter()
 
@@ -125,7 +125,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
         return replies.chat_chunk(head, piece, served.words, first=first)
 
     events = exchange.events("chat.completion.chunk", chunk, wants_usage=body.wants_usage)
-    return EventStream([job], events)
+    return EventStream(Jobs(job), events)
 
 
 @router.post("/v1/completions")
@@ -155,7 +155,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
         return replies.completion_chunk(head, index, text, scored, replies.reason(piece.finish))
 
     events = exchange.events("text_completion", chunk, wants_usage=body.wants_usage)
-    return EventStream([job], events)
+    return EventStream(Jobs(job), events)
 
 
 class _Choices:

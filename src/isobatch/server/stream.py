@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from starlette.requests import Request
@@ -26,6 +26,38 @@ def event(body: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
+class Jobs:
+    """What a response is made from, closed as a whole when it is over or nobody is there to read it.
+
+    Args:
+        jobs: the first of them.
+    """
+
+    def __init__(self, *jobs: Job) -> None:
+        self._jobs = list(jobs)
+        self._last: list[Callable[[], None]] = []
+        self.closed = False
+
+    def add(self, job: Job) -> None:
+        """One more; closed at once if it comes too late."""
+        self._jobs.append(job)
+        if self.closed:
+            job.close()
+
+    def when_closed(self, then: Callable[[], None]) -> None:
+        """Has something called once the jobs are closed."""
+        self._last.append(then)
+
+    def close(self) -> None:
+        """Closes them all. May be called again."""
+        if not self.closed:
+            self.closed = True
+            for job in self._jobs:
+                job.close()
+            for then in self._last:
+                then()
+
+
 class EventStream(Response):
     """A response that is written as a job makes it.
 
@@ -39,7 +71,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, jobs: list[Job], events: AsyncIterator[list[dict[str, Any]]]) -> None:
+    def __init__(self, jobs: Jobs, events: AsyncIterator[list[dict[str, Any]]]) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._jobs, self._events = jobs, events
@@ -63,7 +95,7 @@ async def _write(send: Send, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def closing(jobs: list[Job], receive: Receive) -> Iterator[None]:
+def closing(jobs: Jobs, receive: Receive) -> Iterator[None]:
     """Closes jobs at the end of the block, or as soon as the client goes away.
 
     Args:
@@ -74,16 +106,14 @@ def closing(jobs: list[Job], receive: Receive) -> Iterator[None]:
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        for job in list(jobs):
-            job.close()
+        jobs.close()
 
     watcher = asyncio.create_task(watch())
     try:
         yield
     finally:
         watcher.cancel()
-        for job in list(jobs):
-            job.close()
+        jobs.close()
 
 
 async def whole(request: Request, job: Job) -> bool:
@@ -95,5 +125,5 @@ async def whole(request: Request, job: Job) -> bool:
     Raises:
         ServerError, RequestError: as `Job.pieces`.
     """
-    with closing([job], request.receive):
+    with closing(Jobs(job), request.receive):
         return len(await job.whole()) == len(job.prompts)

@@ -156,9 +156,9 @@ class Worker:
         for job in list(self._jobs):
             job.fail(EngineDownError(f"the engine is {self.state}", fix="try again later"))
 
-    def _crashed(self, kind: str) -> None:
+    def _crashed(self, error: BaseException) -> None:
         self.state = "failed"
-        _LOG.error("engine failed", extra={"fields": {"error": kind}})
+        _LOG.error("engine failed", exc_info=error)
         self._fail_all()
 
     def _deliver(self, news: list[tuple[Job, list[Piece], dict[int, Reply]]]) -> None:
@@ -169,7 +169,7 @@ class Worker:
 
     def _ended(self, running: Future[None]) -> None:
         if (error := running.exception()) is not None:
-            self._loop.call_soon_threadsafe(self._crashed, f"{type(error).__name__}: {error}")
+            self._loop.call_soon_threadsafe(self._crashed, error)
 
     def _run(self) -> None:
         live: dict[int, _Live] = {}
