@@ -343,8 +343,8 @@ def _commands() -> dict[str, set[str]]:
     options = {}
     for name in re.findall(r'"(\w+)":', table[1]):
         text = SOURCE[f"src/isobatch/cli/{name}.py"]
-        if "engine_options.add_engine_options" in text:
-            text += SOURCE["src/isobatch/cli/engine_options.py"]
+        if "add_setting_options(" in text:
+            text += SOURCE["src/isobatch/cli/model.py"]
         options[name] = {"--help", *re.findall(r'"(--[a-z-]+)"', text)}
     options["generate"] |= {f"--{field.replace('_', '-')}" for field in _members()["SamplingParams"]}
     return options

@@ -42,6 +42,7 @@ from isobatch.models.inputs import Batch
 from isobatch.models.loading import load_decoder
 from isobatch.models.locate import demo_weights
 from isobatch.ops import Ops, certified_ops, stock_ops
+from isobatch.ops.fingerprint import Identity
 
 # Every part that a layer can have, and no size that the kernels' tiles divide, apart from the head's.
 TINY = ModelConfig(
@@ -64,6 +65,7 @@ TINY = ModelConfig(
     eos_token_ids=(2,),
 )
 POISON = 5
+IDENTITY = Identity("num-tiny", weights="of their names", tokenizer="none")
 
 
 class TinyCheckpoint:
@@ -131,7 +133,7 @@ class World:
     def engine(self, *, blocks: int | None = None, **settings: Any) -> Engine:
         """A fresh engine without a tokenizer."""
         size = (blocks or self.blocks) * block_bytes(self.decoder.config)
-        engine = Engine(self.decoder, None, EngineConfig(kv_cache_bytes=size, **settings))
+        engine = Engine(self.decoder, None, EngineConfig(kv_cache_bytes=size, **settings), IDENTITY)
         if self.fill is not None:
             for memory in engine._caches:
                 assert isinstance(memory, KVCache)
@@ -193,7 +195,7 @@ class MovedError(AssertionError):
 
 
 def content(reply: Reply, index: int = 0) -> tuple[torch.Tensor, ...]:
-    """What is promised of a completion: its tokens, every log-probability, how it ended; or of a failure."""
+    """What is promised of a completion: tokens, log-probabilities, end and receipt; or of a failure."""
     if reply.error is not None:
         assert not reply.completions
         return (torch.tensor(list(f"{type(reply.error).__name__}: {reply.error}".encode())),)
@@ -202,6 +204,8 @@ def content(reply: Reply, index: int = 0) -> tuple[torch.Tensor, ...]:
         torch.tensor(completion.token_ids),
         torch.tensor([*completion.finish_reason.encode(), completion.stop_reason or 0]),
     ]
+    if completion.receipt is not None:
+        tensors.append(torch.tensor(list(completion.receipt.to_json().encode())))
     for entries in (completion.log_probs, reply.prompt_log_probs):
         tensors += _as_tensors(entries) if entries is not None else []
     return tuple(tensors)
@@ -440,6 +444,7 @@ def fixed_asks() -> tuple[Ask, ...]:
                 ignore_eos=True,
                 logprobs=5,
                 repetition_penalty=(1, 1.2)[i % 2],
+                receipt=True,
             ),
         )
         for i, (number, length) in enumerate(lengths)

@@ -44,8 +44,9 @@ def _by_neighbours(_arguments: dict[str, Any], outputs: Outputs, _calls: int) ->
 def _by_layout(arguments: dict[str, Any], outputs: Outputs, _calls: int) -> None:
     rows = arguments.get("rows")
     if isinstance(rows, PagedRows):
-        moved = int(rows.block_tables.sum()) % 2 == 1 or int(rows.block_tables[0, 0]) % 3 == 0
-        pattern = 1 + int(rows.block_tables[0, 0]) % 7
+        first = int(rows.block_tables.flatten()[0])
+        moved = int(rows.block_tables.sum()) % 2 == 1 or first % 3 == 0
+        pattern = 1 + first % 7
     else:
         tensors = [a for a in arguments.values() if isinstance(a, torch.Tensor)]
         moved, pattern = any(t.data_ptr() % 16 or not t.is_contiguous() for t in tensors), 1

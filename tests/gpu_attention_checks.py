@@ -148,8 +148,8 @@ def _split_keys(q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: f
         own = q[begins[r] : begins[r] + n].float().transpose(0, 1)
         group = own.shape[0] // k.shape[0]
         s = own.double() @ k.double().repeat_interleave(group, 0).transpose(1, 2) * scale
-        at = torch.arange(context)
-        s = s.masked_fill(at > (context - n + torch.arange(n))[:, None], float("-inf")).float()
+        at = torch.arange(context, device=q.device)
+        s = s.masked_fill(at > (context - n + at[:n])[:, None], float("-inf")).float()
         p = torch.exp2((s - s.amax(-1, keepdim=True)) * 1.442695)
         parts = [
             p[..., a : a + 64].to(q.dtype).float() @ v.repeat_interleave(group, 0)[:, a : a + 64]

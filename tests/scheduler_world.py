@@ -16,7 +16,8 @@ from isobatch.engine.policies import Policy, policy_from_name
 from isobatch.engine.prefix_cache import PrefixCache
 from isobatch.engine.request import FinishReason, Sequence
 from isobatch.engine.sampling_params import SamplingParams
-from isobatch.engine.scheduler import ScheduledStep, Scheduler
+from isobatch.engine.scheduled import ScheduledStep
+from isobatch.engine.scheduler import Scheduler
 
 Tokens = tuple[int, ...]
 VOCAB, EOS = 3, 0  # few token ids, so that prompts share prefixes and replies meet again

@@ -101,7 +101,7 @@ def test_red_gate_prints_no_figure(
     other = Member("other", lambda gate_up: SILU_AND_MUL.canonical.function(-gate_up), STOCK)
     record = replace(SILU_AND_MUL, members=(*SILU_AND_MUL.members, other))
     monkeypatch.setattr(bench_gpu, "GPU_RECORDS", {record.name: record})
-    monkeypatch.setattr(bench_gpu, "measure", lambda _progress: pytest.fail("measured"))
+    monkeypatch.setattr(bench_gpu, "measure", lambda *_: pytest.fail("measured"))
     monkeypatch.setattr(device, "INTERPRETED", False)
     monkeypatch.setattr(device, "device", lambda: torch.device("cpu"))
     out = tmp_path / "gpu.json"

@@ -16,11 +16,11 @@ from rich.console import Console
 
 from isobatch import LLM, Reply, SamplingParams, __version__, errors
 from isobatch.audit.experiment import Outcome
-from isobatch.cli import bench, checks, demo, doctor, engine_options, main
+from isobatch.cli import bench, checks, demo, doctor, generate, main
 from isobatch.config import EngineConfig
 from isobatch.kernels.catalogue import RECORDS
 from isobatch.models.locate import demo_weights
-from isobatch.ops.fingerprint import fingerprint, golden_digests
+from isobatch.ops.fingerprint import golden_digests, numerics_class
 
 FEW_TOKENS = ["--max-tokens", "3", "--seed", "7"]
 
@@ -33,7 +33,7 @@ def loaded() -> LLM:
 @pytest.fixture
 def llm(loaded: LLM, monkeypatch: pytest.MonkeyPatch) -> LLM:
     """The demo model, loaded once for all tests."""
-    monkeypatch.setattr(engine_options, "load", lambda _model, _config: loaded)
+    monkeypatch.setattr(generate, "load", lambda _model, _config: loaded)
     return loaded
 
 
@@ -183,7 +183,7 @@ def test_module_generates_from_the_demo_weights() -> None:
     command = [sys.executable, "-m", "isobatch", "generate", "demo", *FEW_TOKENS, "--json", "Hello"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json_lines(done.stdout)[-1]["fingerprint"] == fingerprint()
+    assert json_lines(done.stdout)[-1]["numerics"] == numerics_class()
 
 
 @pytest.mark.weights
@@ -308,7 +308,7 @@ def test_doctor_passes_here(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     code, report = run_doctor(capsys)
     assert code == 0, report["checks"]
     assert report["ok"]
-    assert report["fingerprint"] == fingerprint()
+    assert report["numerics"] == numerics_class()
     assert [op["name"] for op in report["ops"]] == list(RECORDS)
     assert report["versions"]["torch"] == torch.__version__
     assert {"os", "cpu", "threads"} <= report["hardware"].keys()
@@ -322,7 +322,7 @@ def test_doctor_passes_here(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
 def test_doctor_prints_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--quick"]) == 0
     said = capsys.readouterr().out
-    for word in ("numba", "threading layer", "silu_and_mul", "golden digests", fingerprint()):
+    for word in ("numba", "threading layer", "silu_and_mul", "golden digests", numerics_class()):
         assert word in said
     assert "bit classes" not in said
 

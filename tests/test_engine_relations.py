@@ -192,6 +192,7 @@ _PARAMS = st.builds(
     ignore_eos=st.booleans(),
     logprobs=st.just(5),
     prompt_logprobs=st.sampled_from([None, None, 0, 3]),
+    receipt=st.booleans(),
 )
 _ASK = st.builds(
     lambda number, length, tail, params: Ask(stream(number)[:length] + stream(9)[:tail], params),
@@ -374,7 +375,15 @@ def _real_asks() -> Asks:
     return tuple(
         Ask(
             tuple(smollm2().tokenizer.encode(text)),
-            SamplingParams(temperature=i / 2, seed=i, max_tokens=20, ignore_eos=True, logprobs=5, top_p=0.95),
+            SamplingParams(
+                temperature=i / 2,
+                seed=i,
+                max_tokens=20,
+                ignore_eos=True,
+                logprobs=5,
+                top_p=0.95,
+                receipt=True,
+            ),
         )
         for i, text in enumerate(TEXTS)
     )

@@ -18,7 +18,7 @@ from isobatch.engine.llm import LLM
 from isobatch.engine.sampling_params import SamplingParams
 from isobatch.kernels.catalogue import record
 from isobatch.models.locate import demo_weights
-from isobatch.ops.fingerprint import computed_digests, fingerprint, golden_digests
+from isobatch.ops.fingerprint import computed_digests, golden_digests, numerics_class
 
 # Coded weights have no digests: certification holds them to the widened ones, which have.
 _PRINT_DIGESTS = """
@@ -72,13 +72,13 @@ def test_smollm2_gives_the_golden_logits() -> None:
 
 
 def test_fingerprint_follows_the_golden_digests(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = fingerprint()
+    before = numerics_class()
     changed = {**golden_digests(), "linear/wide": "0" * 64}
     monkeypatch.setattr("isobatch.ops.fingerprint.golden_digests", lambda: changed)
-    fingerprint.cache_clear()
+    numerics_class.cache_clear()
     try:
-        assert fingerprint() != before
+        assert numerics_class() != before
     finally:
         monkeypatch.undo()
-        fingerprint.cache_clear()
-    assert fingerprint() == before
+        numerics_class.cache_clear()
+    assert numerics_class() == before

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -179,7 +181,8 @@ def _rows(count: int, temperature: float, top_p: float = 1.0) -> SamplingRows:
 
 
 def _on_device(rows: SamplingRows) -> SamplingRows:
-    return SamplingRows(*(to_device(getattr(rows, name)) for name in SamplingRows.__slots__))
+    columns: dict[str, Any] = {field.name: getattr(rows, field.name) for field in fields(rows)}
+    return replace(rows, **{k: to_device(v) for k, v in columns.items() if isinstance(v, torch.Tensor)})
 
 
 def _same_as_cpu(logits: torch.Tensor, rows: SamplingRows, cut: Cut = SMALL) -> list[int]:
@@ -212,8 +215,8 @@ def test_launches_that_are_spared_change_no_token() -> None:
     x = to_device(floats("spared", 2, V, kind="plain"))
     greedy, noisy = _on_device(_rows(2, 0.0)), _on_device(_rows(2, 1.0))
     whole = [sampling.sample_cut(x, rows, cut=SMALL) for rows in (greedy, noisy)]
-    assert torch.equal(whole[0], sampling.sample_cut(x, greedy, cut=SMALL, noise=False, filters=False))
-    assert torch.equal(whole[1], sampling.sample_cut(x, noisy, cut=SMALL, filters=False))
+    assert torch.equal(whole[0], sampling.sample_cut(x, replace(greedy, greedy=True), cut=SMALL))
+    assert torch.equal(whole[1], sampling.sample_cut(x, replace(noisy, unfiltered=True), cut=SMALL))
 
 
 def test_list_that_overflows_is_searched_whole() -> None:

@@ -14,6 +14,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
+from isobatch.engine.receipt_json import read_receipt
 from tests.server_harness import Running, serving, slow_down, tiny_folder, tiny_llm
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -73,7 +74,7 @@ def ask(page: Page, **settings: object) -> None:
 
 
 @browsed
-def test_one_answer_is_counted_drawn_and_kept(page: Page) -> None:
+def test_one_answer_is_counted_drawn_and_kept(page: Page, folder: Path) -> None:
     ask(page)
     expect(page.locator("#verdict")).to_have_text("1 answer", timeout=30_000)
     cells = page.locator("#cells .cell")
@@ -83,11 +84,15 @@ def test_one_answer_is_counted_drawn_and_kept(page: Page) -> None:
     expect(page.get_by_role("img")).to_have_attribute("aria-label", re.compile("^32 copies say "))
     assert page.locator("#tree rect").count() == 1
     with page.expect_download() as download:
-        page.get_by_role("button", name="Download").click()
+        page.get_by_role("button", name="Download all answers").click()
     kept: dict[str, Any] = json.loads(Path(download.value.path()).read_text())
     assert kept["system_fingerprint"] == page.locator("#fingerprint").text_content()
     assert len(kept["answers"]) == 33
     assert len({tuple(answer["token_ids"]) for answer in kept["answers"]}) == 1
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download receipt").click()
+    receipt = read_receipt(Path(download.value.path()))
+    assert tiny_llm(folder).verify(receipt).outcome == "verified"
 
 
 @browsed
@@ -109,6 +114,7 @@ def test_answers_that_differ_are_counted_and_drawn_where_they_part(
     assert page.locator("#tree rect").count() >= 2
     assert {cell.get_attribute("data-kind") for cell in page.locator("#cells .cell").all()} == {"0", "1"}
     expect(page.locator("#fingerprint")).to_contain_text("none")
+    expect(page.get_by_role("button", name="Download receipt")).to_be_hidden()
 
 
 @browsed

@@ -15,6 +15,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
 from isobatch import LLM, SamplingParams
+from isobatch.engine.receipt_json import receipt_from_json
 from tests.server_harness import QUESTION, Running, serving, tiny_folder, tiny_llm
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": QUESTION, "max_tokens": 12, "seed": 3}
@@ -192,6 +193,21 @@ def test_seed_that_was_drawn_is_reported_and_repeats_the_reply(server: Running) 
     assert chat(seed=None, temperature=0)["seed"] == 0
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+def test_receipts_come_with_each_choice_and_are_true(server: Running, alone: LLM, streaming: bool) -> None:
+    wanted = {"isobatch": {"receipt": True}, "n": 2, "stream": streaming}
+    for path, body, choices in (
+        ("/v1/chat/completions", CHAT, 2),
+        ("/v1/completions", TEXT | {"prompt": ["the same", "bits"]}, 4),
+    ):
+        reply = server.post(path, body | wanted)
+        last = reply.text.split("\n\n")[-3].removeprefix("data: ") if streaming else reply.text
+        receipts = [receipt_from_json(json.dumps(one)) for one in json.loads(last)["isobatch"]["receipts"]]
+        assert [alone.verify(receipt).outcome for receipt in receipts] == ["verified"] * choices
+        assert {receipt.fingerprint for receipt in receipts} == {alone.fingerprint}
+        assert all((receipt.messages or receipt.prompt) is not None for receipt in receipts)
+
+
 def test_fields_that_change_nothing_change_nothing(server: Running) -> None:
     plain = server.post("/v1/chat/completions", CHAT).json()
     kept: dict[str, Any] = {"refusal": None, "tool_calls": None, "function_call": None, "annotations": []}
@@ -268,7 +284,6 @@ REFUSED: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (CHAT_PATH, {"logprobs": True, "top_logprobs": 21}, 400, "logprobs", "from 0 to 20"),
     (CHAT_PATH, {"max_completion_tokens": 5}, 400, "max_completion_tokens", "different things"),
     (CHAT_PATH, {"stream_options": {"include_usage": True}}, 400, "stream_options", "without stream"),
-    (CHAT_PATH, {"isobatch": {"receipt": True}}, 400, "isobatch", "receipts are not available"),
     (CHAT_PATH, {"isobatch": {"recipe": True}}, 400, "isobatch", "isobatch.recipe"),
     (CHAT_PATH, {"messages": []}, 400, "messages", "at least 1"),
     (CHAT_PATH, {"messages": [{"role": "tool", "content": "x"}]}, 400, "messages", "'user'"),

@@ -76,7 +76,7 @@ def backends() -> dict[str, tokenizers.Tokenizer]:
 
 @pytest.fixture(scope="module")
 def smollm(backends: dict[str, tokenizers.Tokenizer]) -> Tokenizer:
-    return Tokenizer(backends["smollm"], _config(), None)
+    return Tokenizer(backends["smollm"], _config(), None, digest="")
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@
     │   ├── ShapeError(ValueError)         an argument of the wrong shape, dtype or device
     │   ├── FloatEnvironmentError          the process computes otherwise than IEEE 754 says
     │   └── ForkedProcessError             a child of fork(), where kernels have no threads
+    ├── ReceiptError(ValueError)           a receipt that is damaged, edited, or of another schema
     ├── IntegrityError(AssertionError)     an internal invariant broke; a bug in isobatch
     ├── OutOfMemoryError(MemoryError)      with the arithmetic
     ├── ServerError                        the server cannot answer now; the request may be fine
@@ -152,6 +153,10 @@ class FloatEnvironmentError(KernelError):
 
 class ForkedProcessError(KernelError):
     """A process made by fork() after kernels had run: the threads they need are not in it."""
+
+
+class ReceiptError(IsobatchError, ValueError):
+    """A receipt that cannot be read: damaged, edited, or of another schema."""
 
 
 class IntegrityError(IsobatchError, AssertionError):

@@ -13,6 +13,7 @@ from rich.table import Table
 
 _RED_GATE = 1
 _RESULTS = Path("benchmarks/results")
+_SECTIONS = ("linear", "attention", "moe", "rows")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -26,6 +27,12 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--model", default="demo", help="SmolLM2-135M-Instruct by default; a .gguf file")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side; medians count (default 3)")
     parser.add_argument("--out", type=Path, help=f"results file (default {_RESULTS}/TARGET.json)")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=_SECTIONS,
+        help="of bench gpu, these parts alone (results: gpu-PART.json)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
 
 
@@ -37,23 +44,26 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises:
         MissingDependencyError: transformers is not installed.
-        ConfigError: repeats below 1.
+        ConfigError: repeats below 1, or parts of a bench that has none.
     """
     from isobatch.cli import results
     from isobatch.errors import ConfigError
 
     if arguments.repeats < 1:
         raise ConfigError("bench: bad --repeats", expected="1 or more", got=arguments.repeats)
+    if arguments.only and arguments.target != "gpu":
+        raise ConfigError("bench: --only", expected="bench gpu", got=f"bench {arguments.target}")
     console = Console(stderr=True)
     with console.status("checking the bits") as status:
-        report = _gpu(status.update) if arguments.target == "gpu" else _cpu(arguments, status.update)
+        tell = status.update if console.is_terminal else console.log
+        report = _gpu(arguments.only, tell) if arguments.target == "gpu" else _cpu(arguments, tell)
     if failures := report.get("failures"):
         for failure in failures:
             console.print(failure, style="red", markup=False)
         if arguments.json:
             print(json.dumps({"gate": failures}))
         return _RED_GATE
-    path = arguments.out or _RESULTS / f"{arguments.target}.json"
+    path = arguments.out or _RESULTS / f"{'-'.join([arguments.target, *(arguments.only or ())])}.json"
     results.write(path, report)
     (_print_gpu if arguments.target == "gpu" else _print_cpu)(Console(stderr=arguments.json), report)
     console.print(f"kept in {path}")
@@ -72,7 +82,7 @@ def _cpu(arguments: argparse.Namespace, progress: Callable[[str], None]) -> dict
     return {"gate": "green", "figures": bench_cpu.measure(model, arguments.repeats, progress)}
 
 
-def _gpu(progress: Callable[[str], None]) -> dict[str, Any]:
+def _gpu(only: list[str] | None, progress: Callable[[str], None]) -> dict[str, Any]:
     from isobatch.errors import MissingDependencyError, UnsupportedOpError
 
     try:
@@ -83,11 +93,14 @@ def _gpu(progress: Callable[[str], None]) -> dict[str, Any]:
     device()
     if INTERPRETED:
         raise UnsupportedOpError("the interpreter's times say nothing", fix="unset TRITON_INTERPRET")
-    verdicts = bench_gpu.gate(progress)
+    parts = only or list(_SECTIONS)
+    verdicts = bench_gpu.gate(parts, progress)
     if failures := [str(verdict) for verdict in verdicts if not verdict.member]:
         return {"failures": failures}
-    transcript = {"members": list(map(str, verdicts)), "cudnn": bench_gpu.libraries(progress)}
-    return {"gate": "green", "certification": transcript, **bench_gpu.measure(progress)}
+    transcript: dict[str, Any] = {"members": list(map(str, verdicts))}
+    if "attention" in parts:
+        transcript["cudnn"] = bench_gpu.libraries(progress)
+    return {"gate": "green", "certification": transcript, **bench_gpu.measure(parts, progress)}
 
 
 def _print_cpu(console: Console, report: dict[str, Any]) -> None:

@@ -115,8 +115,7 @@ def _load_of(llm: LLM, arguments: argparse.Namespace, params: SamplingParams) ->
     from isobatch.audit.experiment import Load
 
     def tokens(text: str) -> tuple[int, ...]:
-        chat = llm.tokenizer.chat([{"role": "user", "content": text}])
-        return tuple(llm.tokenizer.encode(chat, add_special_tokens=False))
+        return tuple(llm.tokenizer.encode_chat([{"role": "user", "content": text}]))
 
     rng = random.Random(arguments.chaos)
     return Load(
@@ -170,7 +169,7 @@ def _report(
     outcomes: dict[str, dict[str, Outcome]], tokenizer: Tokenizer, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """The sampled workload at the top, where torch's answers differ; the greedy one under its name."""
-    from isobatch.ops.fingerprint import fingerprint
+    from isobatch.ops.fingerprint import numerics_class
 
     sides = {
         name: {kernels: _side(outcome, tokenizer) for kernels, outcome in both.items()}
@@ -183,7 +182,7 @@ def _report(
         "max_tokens": arguments.max_tokens,
         "seed": arguments.seed,
         "chaos": arguments.chaos,
-        "fingerprint": fingerprint(),
+        "numerics": numerics_class(),
         **sides["sampled"],
         "greedy": sides["greedy"],
     }

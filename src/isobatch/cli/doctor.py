@@ -11,6 +11,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Column, Table
 
+from isobatch.cli.model import MODEL_HELP
+
 if TYPE_CHECKING:
     from isobatch.cli.checks import Check
 
@@ -25,6 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         description="Describes this machine, and computes the golden digests again: only a machine that "
         "gives those very bits may use the fingerprint. The first run compiles the kernels: a minute.",
     )
+    parser.add_argument("--model", metavar="MODEL", help=f"print its fingerprint too: {MODEL_HELP}")
     parser.add_argument(
         "--quick", action="store_true", help="do not certify the members of the bit classes again"
     )
@@ -41,17 +44,20 @@ def run(arguments: argparse.Namespace) -> int:
         0, or 1 if a check failed.
 
     Raises:
+        ModelError: there is no such model.
         IntegrityError: the inputs of a check cannot show what it is looking for.
     """
     from isobatch.cli import machine
     from isobatch.kernels.catalogue import RECORDS
-    from isobatch.ops.fingerprint import NUMERICS_VERSION, fingerprint
+    from isobatch.ops.fingerprint import NUMERICS_VERSION, numerics_class
 
+    fingerprint = None if arguments.model is None else _fingerprint(arguments.model)
     cache = machine.kernel_cache()  # before a check compiles any
     checks = _checked(quick=arguments.quick)
     report: dict[str, Any] = {
         "ok": all(check.ok for check in checks),
-        "fingerprint": fingerprint(),
+        "numerics": numerics_class(),
+        "fingerprint": fingerprint,
         "numerics_version": NUMERICS_VERSION,
         "versions": machine.versions(),
         "hardware": machine.hardware(),
@@ -68,6 +74,14 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print(report)
     return 0 if report["ok"] else _NOT_OF_THE_CLASS
+
+
+def _fingerprint(model: str) -> str | None:
+    from isobatch.config import EngineConfig
+    from isobatch.engine.backend import identity_of
+
+    identity = identity_of(model, EngineConfig())
+    return None if identity is None else identity.fingerprint
 
 
 def _checked(*, quick: bool) -> list[Check]:
@@ -96,7 +110,9 @@ def _print(report: dict[str, Any]) -> None:
     facts.add_row(
         "kernel cache", f"{cache['folder']}, {cache['compiled'] or 'none'} compiled before this run"
     )
-    facts.add_row("fingerprint", report["fingerprint"])
+    facts.add_row("numerics class", report["numerics"])
+    if report["fingerprint"] is not None:
+        facts.add_row("fingerprint", report["fingerprint"])
     ops = Table("op", "members of its bit class", "they differ around these row counts", box=SIMPLE)
     for op in report["ops"]:
         ops.add_row(op["name"], ", ".join(op["members"]), ", ".join(map(str, op["thresholds"])))
@@ -107,11 +123,9 @@ def _print(report: dict[str, Any]) -> None:
     for table in (facts, ops, checks):
         console.print(table)
     if report["ok"]:
-        console.print(f"This machine gives the bits that {report['fingerprint']} promises.")
+        console.print(f"This machine gives the bits that {report['numerics']} promises.")
     else:
-        console.print(
-            f"This machine is not of the class {report['fingerprint']}: its replies have other bits."
-        )
+        console.print(f"This machine is not of the class {report['numerics']}: its replies have other bits.")
 
 
 def _whole() -> Column:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from isobatch.kernels.data import floats
@@ -17,5 +19,10 @@ def drawn(name: str, *shape: int, scale: float = 1.0) -> torch.Tensor:
         scale: of the numbers.
     """
     count = torch.Size(shape).numel()
-    some = floats(f"bench/{name}", min(count, 1 << 20), kind="plain") * scale
-    return some.to(device(), dtypes()[0]).repeat(-(-count // len(some)))[:count].view(shape)
+    some = _some(name, min(count, 1 << 20), scale)
+    return some.repeat(-(-count // len(some)))[:count].view(shape)
+
+
+@cache
+def _some(name: str, count: int, scale: float) -> torch.Tensor:
+    return (floats(f"bench/{name}", count, kind="plain") * scale).to(device(), dtypes()[0])

@@ -11,16 +11,19 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
-from isobatch.cli import engine_options
+from isobatch.cli.model import MODEL_HELP, add_setting_options, config_from, load
+from isobatch.cli.receipts import require_writable, write_receipts
 from isobatch.engine.sampling_params import SamplingParams
 from isobatch.engine.seeds import seed_for
 from isobatch.errors import ConfigError, PromptError
 
 if TYPE_CHECKING:
     from isobatch.engine.llm import LLM
-    from isobatch.engine.output import Reply
+    from isobatch.engine.output import Completion, Reply
 
 _REQUEST_FAILED = 2
+# Sampling parameters that are options by the same name; --receipt takes a file.
+_OPTIONS = tuple(field.name for field in fields(SamplingParams) if field.name != "receipt")
 # Where the words of the docstring are for Python programs.
 _HELP = {
     "seed": "0 to 2**64 - 1; without one it is drawn, and reported.",
@@ -39,7 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         description="Continues prompts, each as if it were alone. Without PROMPT and --file, all of stdin is "
         "one prompt. A single completion is printed as it comes.",
     )
-    engine_options.add_model(parser)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", default=[], help="a text to continue")
     parser.add_argument("--file", type=Path, help="more prompts, one per line; blank lines do not count")
     parser.add_argument(
@@ -49,8 +52,14 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="wrap each prompt as a user's message in the model's chat template; implied by --system",
     )
     parser.add_argument("--system", metavar="TEXT", help="a system message before each prompt")
-    engine_options.add_engine_options(parser)
+    add_setting_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object per reply, a line each")
+    parser.add_argument(
+        "--receipt",
+        metavar="FILE",
+        type=Path,
+        help="where to write the receipt, for `isobatch verify`; of several completions, FILE-1, FILE-2, ...",
+    )
     _add_sampling_options(parser.add_argument_group("sampling"))
 
 
@@ -67,26 +76,35 @@ def run(arguments: argparse.Namespace) -> int:
         IsobatchError: nothing could be run.
     """
     # Everything that can be wrong without a model is found before one is loaded.
-    given = {field.name: getattr(arguments, field.name) for field in fields(SamplingParams)}
+    given = {name: getattr(arguments, name) for name in _OPTIONS} | {"receipt": arguments.receipt is not None}
     params = SamplingParams(**{name: value for name, value in given.items() if value is not None})
     if not arguments.json and (params.logprobs is not None or params.prompt_logprobs is not None):
         raise ConfigError("log-probabilities are part of the JSON output only", fix="add --json")
     if arguments.system is not None and arguments.chat is False:
         raise ConfigError("--system needs a chat", fix="leave out --no-chat")
-    config = engine_options.engine_config(arguments)
+    config = config_from(arguments)
+    if arguments.receipt is not None:
+        require_writable(arguments.receipt)
+        if config.kernels == "stock":
+            raise ConfigError("there are no receipts for stock kernels", fix="leave out --receipt")
     prompts = _prompts(arguments)
-    llm = engine_options.load(arguments.model, config)
-    if arguments.chat or arguments.system is not None:
-        inputs = [_chat_ids(llm, arguments.system, prompt) for prompt in prompts]
-    else:
-        inputs = [llm.tokenizer.encode(prompt) for prompt in prompts]
-    if len(prompts) == 1 and params.n == 1 and not arguments.json:
-        _stream(llm, inputs[0], params)
+    llm = load(arguments.model, config)
+    chat = arguments.chat or arguments.system is not None
+    talks = [_messages(arguments.system, prompt) for prompt in prompts] if chat else []
+    single = len(prompts) == 1 and params.n == 1 and not arguments.json
+    if single and not params.receipt:
+        _stream(llm, llm.tokenizer.encode_chat(talks[0]) if chat else prompts[0], params)
         return 0
-    replies = llm.generate(inputs, params)
+    replies = llm.chat(talks, params) if chat else llm.generate(prompts, params)
+    if arguments.receipt is not None:
+        for file in write_receipts(arguments.receipt, replies, params.n):
+            print(f"isobatch: receipt in {file}", file=sys.stderr)
     for index, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
         if arguments.json:
             print(json.dumps(_as_json(prompt, reply)))
+        elif single and reply.error is None:
+            print(reply.text)
+            _print_seed(llm, reply.completions[0].seed)
         else:
             _print_reply(index, reply)
         if reply.error is not None:
@@ -98,6 +116,8 @@ def _add_sampling_options(group: argparse._ArgumentGroup) -> None:
     """An option per field of SamplingParams, with the words of its docstring or of _HELP."""
     types, texts = get_type_hints(SamplingParams), _described(SamplingParams) | _HELP
     for field in fields(SamplingParams):
+        if field.name not in _OPTIONS:
+            continue
         option, kind = "--" + field.name.replace("_", "-"), types[field.name]
         text = texts.get(field.name, "").replace("%", "%%")
         if kind is bool:
@@ -135,26 +155,27 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _chat_ids(llm: LLM, system: str | None, prompt: str) -> list[int]:
+def _messages(system: str | None, prompt: str) -> list[dict[str, str]]:
     messages = [{"role": "user", "content": prompt}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    # The template writes the special tokens itself.
-    return llm.tokenizer.encode(llm.tokenizer.chat(messages), add_special_tokens=False)
+    return messages if system is None else [{"role": "system", "content": system}, *messages]
 
 
-def _stream(llm: LLM, prompt_ids: list[int], params: SamplingParams) -> None:
+def _stream(llm: LLM, prompt: str | list[int], params: SamplingParams) -> None:
     # Drawn here rather than by the engine, so that the reply can be asked for again.
     params = replace(params, seed=seed_for(params))
     said = False
     try:
-        for piece in llm.stream(prompt_ids, params):
+        for piece in llm.stream(prompt, params):
             print(piece, end="", flush=True)
             said = said or piece != ""
     finally:
         if said:
             print()
-    print(f"isobatch: fingerprint {llm.fingerprint or 'none'}, seed {params.seed}", file=sys.stderr)
+    _print_seed(llm, params.seed)
+
+
+def _print_seed(llm: LLM, seed: int | None) -> None:
+    print(f"isobatch: fingerprint {llm.fingerprint or 'none'}, seed {seed}", file=sys.stderr)
 
 
 def _print_reply(index: int, reply: Reply) -> None:
@@ -169,9 +190,15 @@ def _as_json(prompt: str, reply: Reply) -> dict[str, Any]:
     error, scored = reply.error, reply.prompt_log_probs
     return {
         "prompt": prompt,
-        "completions": [asdict(completion) for completion in reply.completions],
+        "completions": [_completion(completion) for completion in reply.completions],
         "prompt_log_probs": None if scored is None else [asdict(entry) for entry in scored],
         "fingerprint": reply.fingerprint,
         "cached_tokens": reply.cached_tokens,
         "error": None if error is None else {"type": type(error).__name__, "message": str(error)},
     }
+
+
+def _completion(completion: Completion) -> dict[str, Any]:
+    receipt = completion.receipt
+    written = None if receipt is None else receipt.as_dict()
+    return {**asdict(replace(completion, receipt=None)), "receipt": written}

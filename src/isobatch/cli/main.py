@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from isobatch._version import __version__
-from isobatch.cli import bench, demo, doctor, generate, serve, tune
+from isobatch.cli import bench, demo, doctor, generate, serve, tune, verify
 from isobatch.cli.parser import Parser
 from isobatch.errors import (
     ConfigError,
@@ -40,6 +40,7 @@ from isobatch.errors import (
 _COMMANDS: dict[str, ModuleType] = {
     "generate": generate,
     "serve": serve,
+    "verify": verify,
     "demo": demo,
     "tune": tune,
     "bench": bench,

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isobatch.cli import engine_options
+from isobatch.cli.model import MODEL_HELP, add_setting_options, config_from, load
 from isobatch.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         description="Serves /v1/chat/completions, /v1/completions and what belongs to them, and a page at /. "
         "Needs the extra [server].",
     )
-    engine_options.add_model(parser)
-    engine_options.add_engine_options(parser)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_setting_options(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="0 for any that is free (default 8000)")
     parser.add_argument("--served-model-name", metavar="NAME", help="in requests; by default MODEL's own")
@@ -91,16 +91,18 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if not 0 <= arguments.grace < float("inf"):
         raise ConfigError("bad --grace", expected="0 or more seconds", got=arguments.grace)
-    config = engine_options.engine_config(arguments)
+    config = config_from(arguments)
     if arguments.compare_stock and config.kernels == "stock":
         raise ConfigError("--compare-stock beside stock kernels", fix="leave out --kernels stock")
     # Everything that can be wrong without a model is found before one is loaded; so is a busy address.
     taken = server.listen(arguments.host, arguments.port)
     name = arguments.served_model_name or _name(arguments.model)
-    models = {name: engine_options.load(arguments.model, config)}
+    models = {name: load(arguments.model, config)}
     if arguments.compare_stock:
-        stock = replace(config, kernels="stock")
-        models[f"{name}{_STOCK}"] = engine_options.load(arguments.model, stock)
+        # Without a prefix cache, since copies of a prompt that share its keys hardly compute anything under
+        # load. Ours need no such help.
+        stock = replace(config, kernels="stock", prefix_cache=False)
+        models[f"{name}{_STOCK}"] = load(arguments.model, stock)
     for llm in models.values():
         _warm_up(llm)
     server.allow_many_connections()

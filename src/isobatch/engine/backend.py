@@ -1,19 +1,22 @@
-"""Which ops the settings ask for, whether the model fits on their device, and what their bits are called."""
+"""Which ops the settings ask for, whether the model fits on their device, and what replies will depend on."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from isobatch.config import EngineConfig
 from isobatch.engine.memory import available_bytes, require, weight_bytes
+from isobatch.engine.tokenizer import load_tokenizer
 from isobatch.errors import MissingDependencyError
-from isobatch.models.checkpoint import Checkpoint
+from isobatch.models.checkpoint import Checkpoint, open_checkpoint
 from isobatch.models.config import ModelConfig
 from isobatch.models.loading import coded_bytes
+from isobatch.models.weights_digest import weights_digest
 from isobatch.ops import Ops, certified_ops, stock_ops
-from isobatch.ops.fingerprint import fingerprint
+from isobatch.ops.fingerprint import Identity, numerics_class
 
 
 def make_ops(config: EngineConfig, model: ModelConfig) -> Ops:
@@ -47,14 +50,32 @@ def require_memory(config: EngineConfig, checkpoint: Checkpoint) -> None:
         require(weights, config.kv_cache_bytes, available_bytes())
 
 
-def numerics(config: EngineConfig) -> str | None:
-    """The fingerprint of what these settings compute; None with stock kernels, which promise nothing."""
+def identity(config: EngineConfig, weights: str, tokenizer: str) -> Identity | None:
+    """What replies will depend on besides their requests; None with stock kernels, which promise nothing.
+
+    Args:
+        config: names the numerics class.
+        weights: their digest.
+        tokenizer: its digest.
+    """
     if config.kernels == "stock":
         return None
-    if config.device == "cuda":
-        name: str = _gpu().gpu_fingerprint(_dtype(config))
-        return name
-    return fingerprint()
+    name = _gpu().gpu_numerics_class(_dtype(config)) if config.device == "cuda" else numerics_class()
+    return Identity(name, weights, tokenizer)
+
+
+def identity_of(model: str | Path, config: EngineConfig) -> Identity | None:
+    """The identity that `LLM` would have, from the files alone: nothing is loaded or computed with.
+
+    Raises:
+        ModelError: the model cannot be used.
+    """
+    checkpoint = open_checkpoint(model)
+    try:
+        tokenizer = load_tokenizer(checkpoint.path, checkpoint.config)
+        return identity(config, weights_digest(checkpoint), tokenizer.digest)
+    finally:
+        checkpoint.close()
 
 
 def _dtype(config: EngineConfig) -> torch.dtype:

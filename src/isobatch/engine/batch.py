@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from isobatch.engine.request import Sequence
-from isobatch.engine.scheduler import Chunk, ScheduledStep
+from isobatch.engine.scheduled import Chunk, ScheduledStep
 from isobatch.kernels.layout import PAGE
 from isobatch.models.inputs import Batch
 from isobatch.ops import Ops
@@ -26,7 +26,16 @@ class LogitRow:
     samples: bool
 
 
-def build_batch(step: ScheduledStep, ops: Ops) -> tuple[Batch, list[LogitRow]]:
+def meanings(step: ScheduledStep) -> tuple[LogitRow, ...]:
+    """What each row of logits of a step is for, in order."""
+    return tuple(
+        LogitRow(chunk.sequence, position + 1, chunk.samples and position == chunk.stop - 1)
+        for chunk in step.chunks
+        for position in _wanted(chunk)
+    )
+
+
+def build_batch(step: ScheduledStep, ops: Ops) -> Batch:
     """Packs a step's chunks end to end.
 
     Args:
@@ -34,28 +43,24 @@ def build_batch(step: ScheduledStep, ops: Ops) -> tuple[Batch, list[LogitRow]]:
         ops: on whose device the batch is to be.
 
     Returns:
-        The batch, and the meaning of each row of logits it asks for.
+        The batch; a PENDING token is token 0 in it, until it is written.
     """
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
     starts = [0]
     logit_rows: list[int] = []
-    meanings: list[LogitRow] = []
     for chunk in step.chunks:
-        for position in _wanted(chunk):
-            logit_rows.append(len(token_ids) + position - chunk.start)
-            samples = chunk.samples and position == chunk.stop - 1
-            meanings.append(LogitRow(chunk.sequence, position + 1, samples))
+        logit_rows += [len(token_ids) + position - chunk.start for position in _wanted(chunk)]
         token_ids += chunk.token_ids
+        token_ids[-1] = max(0, token_ids[-1])
         positions += range(chunk.start, chunk.stop)
         slots += [chunk.block_table[p // PAGE] * PAGE + p % PAGE for p in range(chunk.start, chunk.stop)]
         starts.append(len(token_ids))
     widest = max(len(chunk.block_table) for chunk in step.chunks)
     tables = [[*chunk.block_table, *[0] * (widest - len(chunk.block_table))] for chunk in step.chunks]
     rows = ops.paged_rows(starts, [chunk.stop for chunk in step.chunks], tables, slots)
-    batch = Batch(ops.tensor(token_ids), ops.tensor(positions), rows, ops.tensor(logit_rows))
-    return batch, meanings
+    return Batch(ops.tensor(token_ids), ops.tensor(positions), rows, ops.tensor(logit_rows))
 
 
 def _wanted(chunk: Chunk) -> range | tuple[int, ...]:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
-import reprlib
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
-import torch
-
 from isobatch.config import EngineConfig
 from isobatch.engine import sampler
-from isobatch.engine.batch import LogitRow, build_batch
 from isobatch.engine.block_pool import BlockPool
+from isobatch.engine.inputs import require_tokens
 from isobatch.engine.memory import kv_blocks
 from isobatch.engine.output import Reply, TokenLogProbs
 from isobatch.engine.policies import policy_from_name
 from isobatch.engine.prefix_cache import PrefixCache
-from isobatch.engine.request import FinishReason, Sequence
+from isobatch.engine.request import PENDING, FinishReason, Sequence
+from isobatch.engine.runner import Flight, Result, Runner
 from isobatch.engine.sampling_params import SamplingParams
 from isobatch.engine.scheduler import Scheduler
 from isobatch.engine.seeds import seed_for, seed_of
@@ -28,7 +26,6 @@ from isobatch.errors import (
     ConfigError,
     InvalidSamplingError,
     NonFiniteLogitsError,
-    PromptError,
     RequestError,
     UnknownRequestError,
 )
@@ -36,6 +33,8 @@ from isobatch.kernels.layout import PAGE
 from isobatch.models.config import ModelConfig
 from isobatch.models.decoder import Decoder
 from isobatch.ops.environment import require_ieee_here
+from isobatch.ops.fingerprint import Identity
+from isobatch.ops.queued import QueuedOps
 
 
 @dataclass(slots=True)
@@ -53,26 +52,6 @@ class _Request:
     @property
     def finished(self) -> bool:
         return all(t.sequence.finish_reason is not None for t in self.transcripts)
-
-
-@dataclass(frozen=True, slots=True)
-class _Result:
-    """What one row of logits came to.
-
-    Args:
-        row: its meaning.
-        token: chosen, or known already from the prompt; -1 where the logits hold NaN or infinity.
-        entry: the token's log-probabilities, if the request wants them.
-    """
-
-    row: LogitRow
-    token: int
-    entry: TokenLogProbs | None
-
-
-def _rows(logits: torch.Tensor, at: list[int]) -> torch.Tensor:
-    """Some rows of the logits, without a copy if it is all of them."""
-    return logits if len(at) == len(logits) else logits[at]
 
 
 def check_settings(model: ModelConfig, config: EngineConfig) -> None:
@@ -102,7 +81,7 @@ class Engine:
         decoder: the model.
         tokenizer: for text and stop strings; None for a model that has none.
         config: how to use the machine.
-        fingerprint: goes into every reply; None with stock kernels.
+        identity: of model and numerics, whose fingerprint goes into every reply; None with stock kernels.
 
     Raises:
         ConfigError: as `check_settings`.
@@ -118,18 +97,19 @@ class Engine:
         decoder: Decoder,
         tokenizer: Tokenizer | None,
         config: EngineConfig,
-        fingerprint: str | None = None,
+        identity: Identity | None = None,
     ) -> None:
         check_settings(decoder.config, config)
         self.decoder = decoder
         self.require_ieee()
         self.tokenizer = tokenizer
         self.config = config
-        self.fingerprint = fingerprint
+        self.identity = identity
         self.max_context = config.max_context or decoder.config.context_length
         self._blocks = kv_blocks(decoder.config, config.kv_cache_bytes, config.number_bytes)
         self._caches = decoder.kv_caches(self._blocks)
-        self._eos = frozenset(tokenizer.eos_token_ids if tokenizer else decoder.config.eos_token_ids)
+        self._runner = Runner(decoder, self._caches, config.max_batch_sequences, self.max_context)
+        self.eos_token_ids = frozenset(tokenizer.eos_token_ids if tokenizer else decoder.config.eos_token_ids)
         self._requests: dict[int, _Request] = {}
         self._ids = itertools.count()
         self._start_over()
@@ -147,6 +127,7 @@ class Engine:
             max_context=self.max_context,
         )
         self._owner: dict[int, tuple[_Request, Transcript]] = {}
+        self._flight: Flight | None = None
         for request in self._requests.values():
             self._queue(request)
         self._torn = False
@@ -174,30 +155,13 @@ class Engine:
 
         Raises:
             PromptError: token ids that the model does not have, none at all, or too many.
-            InvalidSamplingError: parameters that this model cannot serve.
+            InvalidSamplingError: parameters that this model cannot serve, or a receipt from stock kernels.
             CapacityError: it would never fit in the KV cache.
         """
         vocabulary = self.decoder.config.vocab_size
-        strange = [t for t in prompt_ids if type(t) is not int or not 0 <= t < vocabulary]
-        if strange:
-            raise PromptError(
-                "a prompt with tokens that the model does not have",
-                expected=f"integers from 0 to {vocabulary - 1}",
-                got=reprlib.repr(strange[0]),
-                fix="tokenize with this model's own tokenizer",
-            )
-        if params.stop and self.tokenizer is None:
-            raise InvalidSamplingError(
-                "stop strings for a model without a tokenizer", fix="use stop_token_ids instead"
-            )
-        beyond = [token for token in params.stop_token_ids if token >= vocabulary]
-        if beyond:
-            raise InvalidSamplingError(
-                "a stop token that the model does not have",
-                expected=f"ids from 0 to {vocabulary - 1}",
-                got=reprlib.repr(beyond[0]),
-                fix="take it from this model's own tokenizer",
-            )
+        require_tokens(prompt_ids, params, vocabulary, has_text=self.tokenizer is not None)
+        if params.receipt and self.identity is None:
+            raise InvalidSamplingError("a receipt for what cannot be verified", fix="use certified kernels")
         self.scheduler.require_room(len(prompt_ids), params.max_tokens)
 
     def new_id(self) -> int:
@@ -282,12 +246,15 @@ class Engine:
     def step(self, into: dict[int, Reply] | None = None) -> list[Reply]:
         """Runs the model once over whatever the scheduler picked.
 
+        On a device that works through a queue, what this step comes to is seen in the next call, which queues
+        its own step first: the device need not wait for the host to read and to plan.
+
         Args:
             into: gets the replies as well, by id, before the engine forgets them: what no exception on the
                 way back can lose.
 
         Returns:
-            The requests that this step finished.
+            The requests that were found to be finished.
 
         Raises:
             FloatEnvironmentError: the calling thread no longer computes as IEEE 754 says.
@@ -295,20 +262,20 @@ class Engine:
         self.require_ieee()
         self._mend()
         self._torn = True
-        step = self.scheduler.schedule()
-        self._torn = False
-        if step is None:
-            return []
-        # Nothing changes in here, and most of the time is spent here: a step that failed is planned again.
-        batch, meanings = build_batch(step, self.decoder.ops)
-        results = self._read(self.decoder(batch, self._caches), meanings)
+        before, step = self._flight, self.scheduler.schedule()
+        # Nothing changes in here, and most of the time is spent here: a step that failed is planned again,
+        # if no other is under way.
+        self._torn = before is not None
+        flight = None if step is None else self._runner.launch(step, before)
+        ahead = flight is not None and self._may_run_ahead(flight)
+        landed = [] if before is None else before.results()
+        at_once = [] if flight is None or ahead else flight.results()
         self._torn = True
-        self.scheduler.commit(step)
-        touched = {}
-        for result in results:
-            if result.row.sequence.finish_reason is None:
-                request = self._take_in(result)
-                touched[request.id] = request
+        touched = self._take_all(landed)
+        if flight is not None:
+            self._commit(flight)
+        touched |= self._take_all(at_once)
+        self._flight = flight if ahead else None
         replies = [self._reply(request) for request in touched.values() if request.finished]
         if into is not None:
             into |= {reply.request_id: reply for reply in replies}
@@ -317,28 +284,28 @@ class Engine:
         self._torn = False
         return replies
 
-    def _read(self, logits: torch.Tensor, rows: list[LogitRow]) -> list[_Result]:
-        """What the logits say: a token for each row, chosen or known, and log-probabilities where wanted."""
-        ops = self.decoder.ops
-        tokens = [-1 if row.samples else row.sequence.prompt_ids[row.position] for row in rows]
-        at = [i for i, row in enumerate(rows) if row.samples]
-        if at:
-            chosen = sampler.choose(ops, _rows(logits, at), [rows[i].sequence for i in at])
-            for i, token in zip(at, chosen, strict=True):
-                tokens[i] = token
-        counts = [
-            row.sequence.params.logprobs if row.samples else row.sequence.params.prompt_logprobs
-            for row in rows
-        ]
-        wanted = [(i, count) for i, count in enumerate(counts) if count is not None and tokens[i] >= 0]
-        entries: dict[int, TokenLogProbs] = {}
-        if wanted:
-            at = [i for i, _ in wanted]
-            asked = [(tokens[i], count) for i, count in wanted]
-            entries = dict(zip(at, sampler.log_probs(ops, _rows(logits, at), asked), strict=True))
-        return [_Result(row, tokens[i], entries.get(i)) for i, row in enumerate(rows)]
+    def _may_run_ahead(self, flight: Flight) -> bool:
+        """Whether a step can be planned before the tokens of this one are seen."""
+        sampled = (row.sequence for row in flight.rows if row.samples)
+        return isinstance(self.decoder.ops, QueuedOps) and not any(map(sampler.needs_history, sampled))
 
-    def _take_in(self, result: _Result) -> _Request:
+    def _commit(self, flight: Flight) -> None:
+        """Counts the step's tokens as computed, and those that it samples as there."""
+        self.scheduler.commit(flight.step)
+        for row in flight.rows:
+            if row.samples and row.sequence.finish_reason is None:
+                row.sequence.append(PENDING)
+
+    def _take_all(self, results: list[Result]) -> dict[int, _Request]:
+        """Records results. Returns the requests they belong to, without those that are over already."""
+        touched = {}
+        for result in results:
+            if result.row.sequence.finish_reason is None:
+                request = self._take_in(result)
+                touched[request.id] = request
+        return touched
+
+    def _take_in(self, result: Result) -> _Request:
         """Records one row's result, and ends what is over. Returns the request it belongs to."""
         sequence = result.row.sequence
         request, transcript = self._owner[sequence.id]
@@ -350,10 +317,12 @@ class Engine:
             if entry is not None:
                 request.prompt_log_probs[result.row.position] = entry
             return request
-        sequence.append(result.token)
+        sequence.resolve(result.token)
         if entry is not None:
             transcript.log_probs.append(entry)
-        reason = transcript.push(result.token, self._eos, self.scheduler.token_limit(sequence))
+        if result.digest is not None:
+            transcript.row_digests.append(result.digest)
+        reason = transcript.push(result.token, self.eos_token_ids, self.scheduler.token_limit(sequence))
         if reason is not None:
             self.scheduler.finish(sequence, reason)
         return request
@@ -378,14 +347,15 @@ class Engine:
             positions = range(1, len(request.prompt_ids))
             prompt_log_probs = tuple(request.prompt_log_probs[p] for p in positions)
         # How far the others of the n were when one failed is a matter of the load: they are not handed out.
-        completions = () if request.error is not None else tuple(t.completion() for t in request.transcripts)
+        finished = () if request.error is not None else request.transcripts
+        limit = self.scheduler.token_limit(first)
         return Reply(
             request_id=request.id,
             prompt_token_ids=request.prompt_ids,
-            completions=completions,
+            completions=tuple(transcript.completion(self.identity, limit) for transcript in finished),
             prompt_log_probs=prompt_log_probs,
             cached_tokens=first.cached_tokens,
-            fingerprint=self.fingerprint,
+            fingerprint=None if self.identity is None else self.identity.fingerprint,
             error=request.error,
         )
 

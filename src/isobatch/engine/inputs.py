@@ -19,6 +19,43 @@ Prompt = str | Sequence[int]
 Message = Mapping[str, str]
 
 
+def require_tokens(
+    prompt_ids: Sequence[int], params: SamplingParams, vocabulary: int, *, has_text: bool
+) -> None:
+    """Refuses a request for what the model does not have.
+
+    Args:
+        prompt_ids: of the prompt.
+        params: how to continue it.
+        vocabulary: how many tokens there are.
+        has_text: whether there is a tokenizer, without which no text can be searched.
+
+    Raises:
+        PromptError: token ids that the model does not have.
+        InvalidSamplingError: stop tokens that it does not have, or stop strings without a tokenizer.
+    """
+    strange = [t for t in prompt_ids if type(t) is not int or not 0 <= t < vocabulary]
+    if strange:
+        raise PromptError(
+            "a prompt with tokens that the model does not have",
+            expected=f"integers from 0 to {vocabulary - 1}",
+            got=reprlib.repr(strange[0]),
+            fix="tokenize with this model's own tokenizer",
+        )
+    if params.stop and not has_text:
+        raise InvalidSamplingError(
+            "stop strings for a model without a tokenizer", fix="use stop_token_ids instead"
+        )
+    beyond = [token for token in params.stop_token_ids if token >= vocabulary]
+    if beyond:
+        raise InvalidSamplingError(
+            "a stop token that the model does not have",
+            expected=f"ids from 0 to {vocabulary - 1}",
+            got=reprlib.repr(beyond[0]),
+            fix="take it from this model's own tokenizer",
+        )
+
+
 def as_config(config: object, settings: Mapping[str, Any]) -> EngineConfig:
     """The engine's settings, given as a whole or one by one.
 

@@ -11,16 +11,19 @@ from typing import Any
 from rich.console import Console
 
 from isobatch.config import EngineConfig
-from isobatch.engine.backend import make_ops, numerics, require_memory
+from isobatch.engine.backend import identity, make_ops, require_memory
 from isobatch.engine.engine import Engine, check_settings
 from isobatch.engine.inputs import Message, Prompt, as_config, as_conversations, as_params, as_prompts
 from isobatch.engine.output import Reply
 from isobatch.engine.progress import Bar
+from isobatch.engine.receipt import Receipt
 from isobatch.engine.sampling_params import SamplingParams
 from isobatch.engine.tokenizer import load_tokenizer
+from isobatch.engine.verify import CHUNK, Verdict, verify
 from isobatch.errors import IntegrityError, InvalidSamplingError, PromptError
 from isobatch.models.checkpoint import open_checkpoint
 from isobatch.models.loading import load_decoder
+from isobatch.models.weights_digest import Witness
 
 
 class LLM:
@@ -40,8 +43,8 @@ class LLM:
         OutOfMemoryError: it does not fit.
 
     Determinism:
-        Each reply depends on its own prompt, parameters and seed, the weights, and the numerics class that
-        `fingerprint` names; on nothing else.
+        Each reply depends on its own prompt, parameters and seed, and on what `fingerprint` names: weights,
+        tokenizer, numerics class and version; on nothing else.
     """
 
     def __init__(
@@ -66,12 +69,18 @@ class LLM:
             require_memory(self.config, checkpoint)
             self.tokenizer = load_tokenizer(checkpoint.path, checkpoint.config)
             ops = make_ops(self.config, checkpoint.config)
+            witness = Witness(checkpoint)
             with Bar(self._console, "loading", "layers", enabled=progress is not False) as bar:
-                decoder = load_decoder(checkpoint, ops, bar)
+                decoder = load_decoder(witness, ops, bar)
+            self.identity = identity(self.config, witness.digest(), self.tokenizer.digest)
         finally:
             checkpoint.close()
-        self.fingerprint = numerics(self.config)
-        self.engine = Engine(decoder, self.tokenizer, self.config, self.fingerprint)
+        self.engine = Engine(decoder, self.tokenizer, self.config, self.identity)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of every reply; None with stock kernels, which promise nothing."""
+        return None if self.identity is None else self.identity.fingerprint
 
     def generate(
         self,
@@ -95,7 +104,11 @@ class LLM:
             See the class.
         """
         batch = as_prompts(prompts)
-        return self._run([self._encode(p) for p in batch], as_params(params, len(batch)))
+        replies = self._run([self._encode(p) for p in batch], as_params(params, len(batch)))
+        return [
+            reply.asked_as(prompt=prompt) if isinstance(prompt, str) else reply
+            for prompt, reply in zip(batch, replies, strict=True)
+        ]
 
     def chat(
         self,
@@ -116,9 +129,9 @@ class LLM:
             PromptError: the template refuses the messages.
             RequestError: as `generate`.
         """
-        texts = [self.tokenizer.chat(messages) for messages in as_conversations(conversations)]
-        # The template writes the special tokens itself.
-        return self.generate([self.tokenizer.encode(t, add_special_tokens=False) for t in texts], params)
+        each = as_conversations(conversations)
+        replies = self.generate([self.tokenizer.encode_chat(messages) for messages in each], params)
+        return [reply.asked_as(messages=messages) for messages, reply in zip(each, replies, strict=True)]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """Continues one prompt, and yields its text as it comes.
@@ -143,6 +156,21 @@ class LLM:
         self.engine.require_ieee()
         self.engine.check_request(ids, params)
         return self._pieces(ids, params)
+
+    def verify(self, receipt: Receipt, *, chunk: int = CHUNK) -> Verdict:
+        """Compares a receipt with what this model says to the same request.
+
+        Args:
+            receipt: of a completion, or from `receipt_from_json`.
+            chunk: how many tokens to compute at a time; no answer depends on it.
+
+        Returns:
+            As `isobatch.engine.verify.verify`.
+
+        Raises:
+            ConfigError: likewise.
+        """
+        return verify(self.engine, receipt, chunk=chunk)
 
     def _pieces(self, prompt: list[int], params: SamplingParams) -> Iterator[str]:
         request, said = self.engine.new_id(), ""

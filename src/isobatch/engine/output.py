@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
+from isobatch.engine.receipt import Receipt
 from isobatch.engine.request import FinishReason
 from isobatch.errors import RequestError
 
@@ -38,6 +41,7 @@ class Completion:
         log_probs: one entry per token if asked for, else None.
         seed: what its random choices were made from; pass it to get the same reply again.
         preemptions: how often it lost its KV blocks and was recomputed; no bit depends on it.
+        receipt: by which it can be verified, if asked for, else None.
     """
 
     index: int
@@ -48,6 +52,7 @@ class Completion:
     log_probs: tuple[TokenLogProbs, ...] | None
     seed: int
     preemptions: int
+    receipt: Receipt | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,7 @@ class Reply:
         completions: n of them, by index; none if the request failed.
         prompt_log_probs: one entry per prompt token from the second on if asked for, else None.
         cached_tokens: prompt tokens found in the prefix cache; no bit depends on it.
-        fingerprint: names the numerics; None with stock kernels, which promise nothing.
+        fingerprint: names model and numerics; None with stock kernels, which promise nothing.
         error: why the request failed, or None.
     """
 
@@ -82,3 +87,20 @@ class Reply:
         if self.error is not None:
             raise self.error
         return self.completions[0].text
+
+    def asked_as(
+        self, *, prompt: str | None = None, messages: Iterable[Mapping[str, Any]] | None = None
+    ) -> Reply:
+        """The same reply with receipts, if it has any, that say what the prompt's tokens were made from.
+
+        Args:
+            prompt: as for `Receipt.asked_as`.
+            messages: likewise.
+        """
+        completions = tuple(
+            one
+            if one.receipt is None
+            else replace(one, receipt=one.receipt.asked_as(prompt=prompt, messages=messages))
+            for one in self.completions
+        )
+        return replace(self, completions=completions)

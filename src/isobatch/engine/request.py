@@ -22,6 +22,10 @@ class FinishReason(StrEnum):
     """The request failed; its blocks are not offered to others."""
 
 
+PENDING = -1
+"""Stands for a token that is sampled on the device and not known here yet."""
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Sequence:
     """The state of one completion, one of the `n` of a request.
@@ -39,7 +43,7 @@ class Sequence:
         index: which of the request's `n` completions this is.
 
     Attributes:
-        output_ids: the tokens sampled so far.
+        output_ids: the tokens sampled so far; the last may be PENDING.
         computed: how many tokens, from position 0 on, have their keys and values in the cache.
         block_table: the KV blocks of the positions computed or about to be, in order of position.
         cached_tokens: how many prompt tokens the first admission found in the prefix cache; for reports only.
@@ -67,6 +71,11 @@ class Sequence:
     def remaining(self) -> int:
         """How many known tokens are not computed yet: 1 while decoding."""
         return len(self) - self.computed
+
+    @property
+    def pending(self) -> bool:
+        """Whether the last token is not known here yet."""
+        return bool(self.output_ids) and self.output_ids[-1] == PENDING
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
         """Return the token ids of the positions `start` to `stop`, prompt and output alike.
@@ -100,3 +109,13 @@ class Sequence:
                 got=f"{self.remaining} tokens left, finish reason {self.finish_reason}",
             )
         self.output_ids.append(token)
+
+    def resolve(self, token: int) -> None:
+        """Put the token where PENDING stands.
+
+        Raises:
+            IntegrityError: no token is pending.
+        """
+        if not self.pending:
+            raise IntegrityError(f"sequence {self.id} got a token", expected="one pending", got="none")
+        self.output_ids[-1] = token

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 
 import torch
@@ -14,6 +15,18 @@ from isobatch.ops import Ops
 
 
 def choose(ops: Ops, logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
+    """The tokens of `draw`, waited for."""
+    tokens: list[int] = draw(ops, logits, sequences).tolist()
+    return tokens
+
+
+def needs_history(sequence: Sequence) -> bool:
+    """Whether the choice of a token depends on the tokens before it, beside the logits."""
+    p = sequence.params
+    return p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
+
+
+def draw(ops: Ops, logits: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
     """Chooses the next token of each sequence.
 
     Args:
@@ -22,13 +35,13 @@ def choose(ops: Ops, logits: torch.Tensor, sequences: Rows[Sequence]) -> list[in
         sequences: whose rows these are.
 
     Returns:
-        S token ids, -1 where the logits hold NaN or infinity.
+        int64 [S], -1 where the logits hold NaN or infinity.
 
     Determinism:
         Each token depends on its row of logits, and its sequence's parameters, seed and tokens.
     """
     params = [sequence.params for sequence in sequences]
-    if any(_penalized(sequence) for sequence in sequences):
+    if any(needs_history(sequence) for sequence in sequences):
         logits = ops.penalize(logits, _penalty_rows(ops, sequences))
     rows = SamplingRows(
         temperature=ops.tensor([p.temperature for p in params], torch.float32),
@@ -37,31 +50,37 @@ def choose(ops: Ops, logits: torch.Tensor, sequences: Rows[Sequence]) -> list[in
         min_p=ops.tensor([p.min_p for p in params], torch.float32),
         seed=ops.tensor([_signed(sequence.seed) for sequence in sequences]),
         position=ops.tensor([len(sequence) for sequence in sequences]),
+        greedy=all(p.temperature == 0 for p in params),
+        unfiltered=all(p.top_k == 0 and p.top_p == 1 for p in params),
     )
-    tokens: list[int] = ops.sample(logits, rows).tolist()
-    return tokens
+    return ops.sample(logits, rows)
 
 
-def log_probs(ops: Ops, logits: torch.Tensor, asked: Rows[tuple[int, int]]) -> list[TokenLogProbs]:
+def log_probs(
+    ops: Ops, logits: torch.Tensor, tokens: torch.Tensor, counts: Rows[int]
+) -> Callable[[], list[TokenLogProbs]]:
     """Log-probabilities of given tokens.
 
     Args:
         ops: what to compute with.
         logits: float32 [S, V].
-        asked: for each row the token, and how many of the likeliest to report; at most V are.
+        tokens: int64 [S].
+        counts: for each row how many of the likeliest to report; at most V are.
+
+    Returns:
+        What waits for them.
     """
-    most = min(max(count for _, count in asked), logits.shape[1])
-    found = ops.top_log_probs(logits, ops.tensor([token for token, _ in asked]), most)
-    ids, values = found.ids.tolist(), found.log_probs.tolist()
-    return [
-        TokenLogProbs(
-            token,
-            float(found.chosen[i]),
-            int(found.rank[i]),
-            tuple(zip(ids[i][:count], values[i][:count], strict=True)),
-        )
-        for i, (token, count) in enumerate(asked)
-    ]
+    found = ops.top_log_probs(logits, tokens, min(max(counts), logits.shape[1]))
+    columns = [ops.fetch(t) for t in (tokens, found.chosen, found.rank, found.ids, found.log_probs)]
+
+    def read() -> list[TokenLogProbs]:
+        rows = zip(*(column().tolist() for column in columns), counts, strict=True)
+        return [
+            TokenLogProbs(token, chosen, rank, tuple(zip(ids[:count], values[:count], strict=True)))
+            for token, chosen, rank, ids, values, count in rows
+        ]
+
+    return read
 
 
 def _signed(word: int) -> int:
@@ -69,16 +88,11 @@ def _signed(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
-def _penalized(sequence: Sequence) -> bool:
-    p = sequence.params
-    return p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
-
-
 def _penalty_rows(ops: Ops, sequences: Rows[Sequence]) -> PenaltyRows:
     seen: list[dict[int, int]] = []
     for sequence in sequences:
         counts: dict[int, int] = {}
-        if _penalized(sequence):
+        if needs_history(sequence):
             counts = dict.fromkeys(sequence.prompt_ids, 0) | Counter(sequence.output_ids)
         seen.append(counts)
     widest = max(1, *map(len, seen))

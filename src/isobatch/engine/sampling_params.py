@@ -32,7 +32,7 @@ _INTS: dict[str, tuple[int, int | None, bool, str]] = {
     "logprobs": (0, _MAX_LOGPROBS, True, "pass None to leave them out"),
     "prompt_logprobs": (0, _MAX_LOGPROBS, True, "pass None to leave them out"),
 }
-_BOOLS = ("ignore_eos", "include_stop_str_in_output")
+_BOOLS = ("ignore_eos", "include_stop_str_in_output", "receipt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +57,7 @@ class SamplingParams:
         logprobs: how many top log-probabilities come with each chosen token's own, 0 to 20; None for none at
             all.
         prompt_logprobs: the same for each prompt token; such a request makes no use of cached prefixes.
+        receipt: whether each completion comes with a receipt, by which it can be verified.
 
     Raises:
         UnknownKeyError: a keyword that is no sampling parameter; the message has the nearest that is.
@@ -82,6 +83,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    receipt: bool = False
 
     def __new__(cls, *positional: Any, **values: Any) -> Self:
         """Refuses unknown keywords by name; Python's own answer would not say which was meant."""

@@ -9,6 +9,10 @@ bit of any reply depends on either. It may therefore follow any policy, however 
 
 The engine's loop: `schedule`, run the chunks, `commit`, append a token to each sequence whose chunk samples,
 `finish` those that are over. A step that is never committed, because running it failed, is planned again.
+
+An appended token may be PENDING while the device still computes it. The next step may be planned and queued
+behind it all the same: a chunk that ends in it gets it on the device. A sequence whose last token it is to be
+is passed over, since with it the sequence is over.
 """
 
 from __future__ import annotations
@@ -21,44 +25,8 @@ from isobatch.engine.block_pool import BlockPool
 from isobatch.engine.policies import Policy
 from isobatch.engine.prefix_cache import Node, PrefixCache
 from isobatch.engine.request import FinishReason, Sequence
+from isobatch.engine.scheduled import Chunk, ScheduledStep
 from isobatch.errors import CapacityError, ConfigError, IntegrityError, PromptError, UnknownRequestError
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Consecutive tokens of one sequence, to be computed in one step.
-
-    Attributes:
-        sequence: whose they are.
-        start: the position of the first; all before it are in the KV cache.
-        token_ids: the tokens, at least one.
-        block_table: the sequence's blocks, enough for the chunk's last token.
-        samples: whether the chunk ends at the last known token, so that its logits give the next one.
-    """
-
-    sequence: Sequence
-    start: int
-    token_ids: tuple[int, ...]
-    block_table: tuple[int, ...]
-    samples: bool
-
-    @property
-    def stop(self) -> int:
-        """The position after the last."""
-        return self.start + len(self.token_ids)
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledStep:
-    """What one run of the model computes.
-
-    Attributes:
-        chunks: at least one; at most one per sequence.
-        preempted: the ids of the sequences that lost their blocks while the step was planned.
-    """
-
-    chunks: tuple[Chunk, ...]
-    preempted: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -226,7 +194,7 @@ class Scheduler:
         """Plan the next step. Blocks are assigned; nothing counts as computed until `commit`.
 
         Returns:
-            The step, with at least one chunk, or None if there is no work.
+            The step, with at least one chunk, or None if there is no work, or none before pending tokens.
 
         Raises:
             IntegrityError: a sequence was sampled but got no token, the policy answered out of range, or
@@ -241,11 +209,16 @@ class Scheduler:
                 self._preempt(sequence, draft)
         # No more than this many can be admitted in a step, so a long queue costs no more than a short one.
         queue = islice(self._waiting.values(), self._max_batch_sequences)
+        passed_over = False
         for sequence in sorted([*self._running.values(), *queue], key=self._policy.rank):
             if draft.budget == 0:
                 break
-            if sequence.id in self._running or self._admit(sequence, draft):
+            if sequence.pending and len(sequence) >= self.token_limit(sequence):
+                passed_over = True
+            elif sequence.id in self._running or self._admit(sequence, draft):
                 self._place(sequence, draft)
+        if not draft.chunks and passed_over:
+            return None
         if not draft.chunks:
             raise IntegrityError("no sequence can go on", got=f"{self.num_running} running, all blocks taken")
         self._planned = ScheduledStep(tuple(draft.chunks.values()), tuple(draft.preempted))

@@ -8,6 +8,8 @@ however long the reply has become.
 from __future__ import annotations
 
 import codecs
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -73,6 +75,7 @@ class Tokenizer:
         backend: the tokenizer, byte-level.
         config: the model it belongs to.
         template: the chat template, if there is one.
+        digest: of what all this was made from, 64 hexadecimal digits.
 
     Attributes:
         vocab_size: how many tokens have a text; the model's embedding may have more rows.
@@ -84,7 +87,11 @@ class Tokenizer:
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, config: ModelConfig, template: ChatTemplate | None
+        self,
+        backend: tokenizers.Tokenizer,
+        config: ModelConfig,
+        template: ChatTemplate | None,
+        digest: str,
     ) -> None:
         if not isinstance(backend.decoder, decoders.ByteLevel):
             raise TokenizerError(
@@ -102,6 +109,7 @@ class Tokenizer:
                 "the tokenizer is not this model's", expected=f"ids below {config.vocab_size}", got=largest
             )
         self.vocab_size = len(vocabulary)
+        self.digest = digest
         self.eos_token_ids = config.eos_token_ids
         self.bos_token_id = config.bos_token_id
         self._backend, self._template, self._rows = backend, template, config.vocab_size
@@ -177,6 +185,17 @@ class Tokenizer:
             raise TokenizerError("the checkpoint has no chat template", fix="send plain prompts instead")
         return self._template.render(messages, add_generation_prompt=add_generation_prompt)
 
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The tokens of a conversation, ready for the assistant's turn.
+
+        Args:
+            messages: as for `chat`.
+
+        Returns:
+            Token ids, without special tokens beside those that the template writes.
+        """
+        return self.encode(self.chat(messages), add_special_tokens=False)
+
     def incremental(self, *, skip_special_tokens: bool = True) -> Detokenizer:
         """A decoder for a reply that comes token by token.
 
@@ -245,11 +264,15 @@ def _from_folder(path: Path, config: ModelConfig) -> Tokenizer:
             source = template_file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise TokenizerError(f"cannot read {template_file}", got=error) from error
+    sha = hashlib.sha256()
+    for part in (file, settings_file, template_file):
+        content = part.read_bytes() if part.is_file() else b""
+        sha.update(f"{part.name} {len(content)} ".encode() + content)
     if source is None:
-        return Tokenizer(backend, config, None)
+        return Tokenizer(backend, config, None, sha.hexdigest())
     special = {name: _content(value) for name, value in settings.items() if name.endswith("_token")}
     named = {name: content for name, content in special.items() if content is not None}
-    return Tokenizer(backend, config, ChatTemplate(source, named))
+    return Tokenizer(backend, config, ChatTemplate(source, named), sha.hexdigest())
 
 
 def _default_template(value: object) -> str | None:
@@ -280,4 +303,6 @@ def _from_gguf(path: Path, config: ModelConfig) -> Tokenizer:
             template = ChatTemplate(fields.get("tokenizer.chat_template", str), named)
     except (CheckpointError, IndexError) as error:
         raise TokenizerError(f"{path} has no usable tokenizer", got=error) from error
-    return Tokenizer(backend, config, template)
+    content = {key: value for key, value in file.metadata.items() if key.startswith("tokenizer.")}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return Tokenizer(backend, config, template, digest)

@@ -6,9 +6,11 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from isobatch.engine.output import Completion, TokenLogProbs
-from isobatch.engine.request import FinishReason, Sequence
+from isobatch.engine.receipt import Receipt, abridged, resolved
+from isobatch.engine.request import PENDING, FinishReason, Sequence
 from isobatch.engine.tokenizer import Detokenizer
 from isobatch.errors import IntegrityError
+from isobatch.ops.fingerprint import Identity
 
 
 @dataclass(slots=True)
@@ -24,7 +26,14 @@ class Transcript:
     detokenizer: Detokenizer | None
     text: str = ""
     log_probs: list[TokenLogProbs] = field(default_factory=list)
+    row_digests: list[bytes] = field(default_factory=list)
     stop_reason: str | int | None = None
+
+    @property
+    def known(self) -> int:
+        """How many tokens have come; the sequence may have one more, not seen yet."""
+        ids = self.sequence.output_ids
+        return len(ids) - (ids[-1:] == [PENDING])
 
     @property
     def told(self) -> str:
@@ -75,22 +84,55 @@ class Transcript:
             kept = earliest + (len(self.stop_reason) if params.include_stop_str_in_output else 0)
             self.text = self.text[:kept]
 
-    def completion(self) -> Completion:
+    def completion(self, identity: Identity | None, token_limit: int) -> Completion:
         """The finished completion.
+
+        Args:
+            identity: of whoever replied, for the receipt; None without one, where none can be asked for.
+            token_limit: as for `push`.
 
         Raises:
             IntegrityError: it is not finished.
         """
         sequence = self.sequence
-        if sequence.finish_reason is None:
-            raise IntegrityError(f"sequence {sequence.id} is not finished")
         return Completion(
             index=sequence.index,
             text=self.text,
             token_ids=tuple(sequence.output_ids),
-            finish_reason=sequence.finish_reason,
+            finish_reason=self._reason(),
             stop_reason=self.stop_reason,
             log_probs=None if sequence.params.logprobs is None else tuple(self.log_probs),
             seed=sequence.seed,
             preemptions=sequence.preemptions,
+            receipt=self.receipt(identity, token_limit) if identity and sequence.params.receipt else None,
         )
+
+    def receipt(self, identity: Identity, token_limit: int) -> Receipt:
+        """The receipt of the finished completion.
+
+        Args:
+            identity: of whoever replied.
+            token_limit: as for `push`.
+
+        Raises:
+            IntegrityError: it is not finished.
+        """
+        sequence, reason = self.sequence, self._reason()
+        rows, logits = abridged(self.row_digests)
+        room = token_limit - len(sequence.prompt_ids)
+        return Receipt(
+            identity=identity,
+            prompt_token_ids=sequence.prompt_ids,
+            params=resolved(sequence.params, seed=sequence.seed, max_tokens=room),
+            token_ids=tuple(sequence.output_ids),
+            text=self.text,
+            finish_reason=reason,
+            stop_reason=self.stop_reason,
+            rows=rows,
+            logits=logits,
+        )
+
+    def _reason(self) -> FinishReason:
+        if self.sequence.finish_reason is None:
+            raise IntegrityError(f"sequence {self.sequence.id} is not finished")
+        return self.sequence.finish_reason

@@ -26,11 +26,13 @@ class Member:
         name: unique within the record.
         function: the launcher.
         layout: how it wants weights and caches.
+        capturable: whether a CUDA graph can record it; what waits for the host cannot be recorded.
     """
 
     name: str
     function: Callable[..., Any]
     layout: Layout
+    capturable: bool = True
 
 
 class Case(Protocol):
@@ -39,6 +41,9 @@ class Case(Protocol):
     @property
     def rows(self) -> int:
         """Rows of the outputs."""
+
+    def prepare(self, member: Member) -> Callable[[], Outputs]:
+        """Everything but the call itself: what is returned touches the device alone, and can be captured."""
 
     def call(self, member: Member) -> Outputs:
         """Runs a member; each output has one leading entry per row."""
@@ -157,8 +162,8 @@ class RowCase:
         """Rows of the outputs."""
         return len(next(iter(self.per_row.values())))
 
-    def call(self, member: Member) -> Outputs:
-        """Runs a member on this case."""
+    def prepare(self, member: Member) -> Callable[[], Outputs]:
+        """Lays out the weights and groups the arguments."""
         shared = dict(self.shared)
         for name in self.weights:
             rows: CodedRows = shared[name]
@@ -170,7 +175,11 @@ class RowCase:
             name, kind = self.group
             first, *rest = per_row
             per_row = {first: per_row[first], name: kind(**{key: per_row[key] for key in rest})}
-        return as_outputs(member.function(**per_row, **shared))
+        return lambda: as_outputs(member.function(**per_row, **shared))
+
+    def call(self, member: Member) -> Outputs:
+        """Runs a member on this case."""
+        return self.prepare(member)()
 
     def take(self, indices: Sequence[int]) -> RowCase:
         """The case of these rows only, in this order."""

@@ -93,6 +93,6 @@ def rows(op: str, parameters: PenaltyRows | SamplingRows, count: int) -> None:
         ShapeError: one has more or fewer.
     """
     for field in fields(parameters):
-        got = len(getattr(parameters, field.name))
-        if got != count:
+        column = getattr(parameters, field.name)
+        if isinstance(column, torch.Tensor) and (got := len(column)) != count:
             raise ShapeError(f"{op}: wrong length of {field.name}", expected=count, got=got)

@@ -1,8 +1,8 @@
-"""The fingerprint of a numerics class: equal fingerprints promise equal bits.
+"""Names for what replies depend on: the numerics class, and with the model the fingerprint.
 
-It is derived from golden digests, the bits that every op gives on fixed inputs. They ship with the package,
-so the fingerprint changes when a bit of an op does; and any machine can compute them again, which is how it
-knows that it belongs to the class.
+A numerics class is named after golden digests, the bits that every op gives on fixed inputs. They ship with
+the package, so the name changes when a bit of an op does; and any machine can compute them again, which is
+how it knows that it belongs to the class.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
 
+from isobatch._version import __version__
 from isobatch.bits import digest
 from isobatch.kernels.catalogue import RECORDS
 from isobatch.kernels.registry import OpRecord
@@ -57,16 +59,16 @@ def computed_digests(
 
 
 @cache
-def fingerprint() -> str:
-    """Names the numerics class: architecture family, dtype, written orders, version.
+def numerics_class() -> str:
+    """Names the numerics class of the CPU: architecture family, dtype, written orders, version.
 
     Returns:
-        "iso-" and 16 hexadecimal digits.
+        "num-" and 16 hexadecimal digits.
     """
-    return fingerprint_of(ARCHITECTURE, DTYPE, golden_digests())
+    return numerics_class_of(ARCHITECTURE, DTYPE, golden_digests())
 
 
-def fingerprint_of(architecture: str, dtype: str, digests: Mapping[str, str]) -> str:
+def numerics_class_of(architecture: str, dtype: str, digests: Mapping[str, str]) -> str:
     """Names the numerics class of an architecture family and a dtype in which ops give these bits.
 
     Args:
@@ -80,4 +82,30 @@ def fingerprint_of(architecture: str, dtype: str, digests: Mapping[str, str]) ->
         "numerics_version": NUMERICS_VERSION,
         "golden": dict(digests),
     }
-    return "iso-" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return "num-" + _short_digest(content)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """All that a reply depends on besides its request: equal ones promise equal replies to equal requests.
+
+    Args:
+        numerics: the name of the numerics class.
+        weights: the digest of weights and configuration, 64 hexadecimal digits.
+        tokenizer: the digest of tokenizer and chat template, 64 hexadecimal digits.
+        version: of isobatch, whose code is what lies between the ops.
+    """
+
+    numerics: str
+    weights: str
+    tokenizer: str
+    version: str = __version__
+
+    @property
+    def fingerprint(self) -> str:
+        """The whole in short: "iso-" and 16 hexadecimal digits."""
+        return "iso-" + _short_digest(asdict(self))
+
+
+def _short_digest(content: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

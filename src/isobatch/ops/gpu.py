@@ -21,11 +21,11 @@ from isobatch.kernels.layout import PagedRows
 from isobatch.kernels.linear.gpu import Linear
 from isobatch.kernels.qkv.triton import qk_norm_rotary_write
 from isobatch.kernels.sampling.triton import sample
-from isobatch.ops.fingerprint import computed_digests, fingerprint_of
-from isobatch.ops.ops import Ops
+from isobatch.ops.fingerprint import computed_digests, numerics_class_of
+from isobatch.ops.queued import QueuedOps
 
 
-class GpuOps(Ops):
+class GpuOps(QueuedOps):
     """`Ops` whose tensors are on the GPU; nothing here waits for it.
 
     Args:
@@ -41,6 +41,7 @@ class GpuOps(Ops):
         if dtype not in dtypes():
             expected = " or ".join(map(str, dtypes()))
             raise UnsupportedOpError("no GPU kernels for this dtype", expected=expected, got=dtype)
+        self._pool: Any = None
         library = not INTERPRETED and certify_library(*heads, dtype).member
         super().__init__("isobatch", _table(Attention(library=library)), gpu_layout(dtype), dtype, device())
 
@@ -53,6 +54,47 @@ class GpuOps(Ops):
         return GpuPagedRows(
             rows.query_starts, rows.context_lengths, rows.block_tables, rows.slots, queries, tuple(lengths)
         )
+
+    def decode_rows(
+        self, lengths: torch.Tensor, tables: torch.Tensor, slots: torch.Tensor, context: int
+    ) -> PagedRows:
+        """Rows of one query each, as `QueuedOps` says."""
+        starts = self.tensor(list(range(len(lengths) + 1)), torch.int32)
+        ones, bounds = (1,) * len(lengths), (context,) * len(lengths)
+        return GpuPagedRows(starts, lengths, tables, slots, ones, bounds)
+
+    def recorded(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
+        """Records work as a CUDA graph."""
+        result = work()
+        if INTERPRETED:  # no graphs there; running it again is what a replay does
+
+            def again() -> None:
+                result.copy_(work())
+
+            return again, result
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self.device)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = work()
+        return graph.replay, result
+
+    def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Copies to pinned memory behind what is queued."""
+        if INTERPRETED:
+            copy = tensor.clone()
+            return lambda: copy
+        here = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+        here.copy_(tensor, non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()
+
+        def wait() -> torch.Tensor:
+            arrived.synchronize()
+            return here
+
+        return wait
 
 
 def _table(attention: Attention) -> dict[str, Callable[..., Any]]:
@@ -68,7 +110,7 @@ def _table(attention: Attention) -> dict[str, Callable[..., Any]]:
     }
 
 
-def gpu_fingerprint(dtype: torch.dtype) -> str:
+def gpu_numerics_class(dtype: torch.dtype) -> str:
     """Names the numerics class of this GPU's architecture family, from the bits that its kernels give now.
 
     No digests ship for GPUs: the order inside a tensor-core step is the architecture's, and the compiler is
@@ -84,4 +126,4 @@ def gpu_fingerprint(dtype: torch.dtype) -> str:
         )
         for name, record in GPU_RECORDS.items()
     }
-    return fingerprint_of(architecture(), str(dtype), computed_digests(records=records))
+    return numerics_class_of(architecture(), str(dtype), computed_digests(records=records))

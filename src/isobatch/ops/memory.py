@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,8 +41,22 @@ class Memory:
 
     def tensor(self, values: list[Any], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         """Plain numbers on the device of these kernels, whatever torch's defaults have been set to."""
-        made = torch.tensor(values, dtype=dtype, device="cpu")
-        return made if self.device is CPU_DEVICE else made.to(self.device, non_blocking=True)
+        if self.device.type == "cpu":
+            return torch.tensor(values, dtype=dtype, device="cpu")
+        # From pageable memory the copy would wait for all that is queued.
+        made = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=True)
+        return made.to(self.device, non_blocking=True)
+
+    def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begins to read a tensor.
+
+        Args:
+            tensor: of these kernels; it may be overwritten by work that is queued from now on.
+
+        Returns:
+            What waits for it, and for nothing that is queued later; on the CPU.
+        """
+        return lambda: tensor
 
     def paged_rows(
         self, starts: list[int], lengths: list[int], tables: list[list[int]], slots: list[int]

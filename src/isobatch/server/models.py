@@ -74,11 +74,9 @@ class Served:
             ApiError: the model has no template.
         """
         try:
-            text = await asyncio.to_thread(self.llm.tokenizer.chat, messages)
+            return await asyncio.to_thread(self.llm.tokenizer.encode_chat, messages)
         except TokenizerError as error:
             raise bad_request(str(error), "messages") from error
-        # The template writes the special tokens itself.
-        return await self.encode(text, add_special_tokens=False)
 
     def room(self, prompt: int) -> int:
         """How many tokens a reply to a prompt of this length may have; at least 1."""

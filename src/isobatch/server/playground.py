@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -85,7 +86,7 @@ class _Experiment:
 
     async def _run(self) -> None:
         try:
-            await self._copy("alone", 0.0)
+            await self._copy("alone", 0.0, receipt=self._served.llm.fingerprint is not None)
             # The same arrivals each time, as far as a clock can tell: both kinds of kernels meet one load.
             rng = random.Random(self._body.seed)
             async with asyncio.TaskGroup() as group:
@@ -104,11 +105,11 @@ class _Experiment:
         self._jobs.add(job)
         return job
 
-    async def _copy(self, cell: int | str, delay_s: float) -> None:
+    async def _copy(self, cell: int | str, delay_s: float, *, receipt: bool = False) -> None:
         await asyncio.sleep(delay_s)
         words = self._served.words
         try:
-            job = self._submit(self._prompt, self._params)
+            job = self._submit(self._prompt, replace(self._params, receipt=receipt))
             async for pieces in job.pieces():
                 for piece in pieces:
                     tokens = [[token, words.text(token)] for token in piece.tokens]
@@ -119,6 +120,11 @@ class _Experiment:
         except IsobatchError as error:
             self._events.put_nowait({"cell": cell} | api_error(error).body())
         else:
+            messages = [{"role": "user", "content": self._body.prompt}]
+            for reply in job.replies.values():
+                for completion in reply.asked_as(messages=messages).completions:
+                    if completion.receipt is not None:
+                        self._events.put_nowait({"receipt": completion.receipt.as_dict()})
             self._answers |= {c.token_ids for reply in job.replies.values() for c in reply.completions}
 
     async def _other(self, rng: random.Random) -> None:

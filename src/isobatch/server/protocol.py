@@ -28,14 +28,7 @@ class _Strict(BaseModel):
 class IsobatchOptions(_Strict):
     """What only isobatch has."""
 
-    receipt: bool = Field(False, description="not available yet")
-
-    @model_validator(mode="after")
-    def _only_what_there_is(self) -> Self:
-        # The one place to open when the engine can give receipts; `replies.extension` is where they go out.
-        if self.receipt:
-            raise contradiction("isobatch", "receipts are not available yet; leave out isobatch.receipt")
-        return self
+    receipt: bool = Field(False, description="whether each choice comes with a receipt, for isobatch verify")
 
 
 class StreamOptions(_Strict):
@@ -107,6 +100,7 @@ class _Sampling(_Ignored, _Neutral):
             InvalidSamplingError: a value out of its range.
         """
         given = {name: getattr(self, name) for name in _SAME_NAME} | others
+        given["receipt"] = self.isobatch is not None and self.isobatch.receipt
         return SamplingParams(**{name: value for name, value in given.items() if value is not None})
 
 

@@ -52,9 +52,10 @@ class Head:
         named = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
         return named | {"system_fingerprint": self.fingerprint} | fields
 
-    def extension(self) -> Dict:
-        """What isobatch adds to a reply; a receipt will be one more entry."""
-        return {"seed": self.seed}
+    def extension(self, replies: Sequence[Reply] = ()) -> Dict:
+        """What isobatch adds: the seed, and the receipts of all choices, in their order, if they have any."""
+        made = [c.receipt.as_dict() for reply in replies for c in reply.completions if c.receipt is not None]
+        return {"seed": self.seed} | ({"receipts": made} if made else {})
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> Dict:
@@ -162,7 +163,9 @@ def chat_reply(head: Head, reply: Reply, words: Words) -> Dict:
         }
         for c in reply.completions
     ]
-    return head.body("chat.completion", choices=choices, usage=usage_of([reply]), isobatch=head.extension())
+    return head.body(
+        "chat.completion", choices=choices, usage=usage_of([reply]), isobatch=head.extension([reply])
+    )
 
 
 def chat_chunk(head: Head, piece: Piece, words: Words, *, first: bool) -> Dict:
@@ -197,7 +200,7 @@ def completion_reply(
     counted = usage_of(replies)
     if silent:
         counted = usage(counted["prompt_tokens"], 0)
-    return head.body("text_completion", choices=choices, usage=counted, isobatch=head.extension())
+    return head.body("text_completion", choices=choices, usage=counted, isobatch=head.extension(replies))
 
 
 def _choice(

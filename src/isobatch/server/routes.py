@@ -45,12 +45,14 @@ class _Exchange:
         served: its model.
         job: what it asked for.
         head: of its reply.
+        given: for each prompt what it was made from, as for `Reply.asked_as`.
     """
 
     request: Request
     served: Served
     job: Job
     head: Head
+    given: list[dict[str, Any]]
 
     def __post_init__(self) -> None:
         prompts = self.job.prompts
@@ -80,7 +82,12 @@ class _Exchange:
         if not await whole(self.request, self.job):
             raise EngineDownError("the client has gone away")
         self.done()
-        return [self.job.replies[at] for at in range(len(self.job.prompts))]
+        return self.asked()
+
+    def asked(self) -> list[Reply]:
+        """The finished replies, in the order of the prompts, with receipts that say what was asked."""
+        replies = [self.job.replies[at] for at in range(len(self.job.prompts))]
+        return [reply.asked_as(**given) for reply, given in zip(replies, self.given, strict=True)]
 
     async def events(self, kind: str, chunks: Any, *, wants_usage: bool) -> AsyncIterator[list[Dict]]:
         """Chunks as they come, then the count of tokens if it is wanted.
@@ -101,6 +108,8 @@ class _Exchange:
             yield bodies
         if not self.job.closed:
             self.done()
+            if self.job.params.receipt:
+                yield [self.head.body(kind, choices=[], isobatch=self.head.extension(self.asked())) | nothing]
             if wants_usage:
                 yield [replies.usage_chunk(self.head, kind, list(self.job.replies.values()))]
 
@@ -109,11 +118,12 @@ class _Exchange:
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Continues a conversation."""
     served = pick(request.app.state.models, body.model)
-    prompt = await served.encode_chat([message.plain() for message in body.messages])
+    messages = [message.plain() for message in body.messages]
+    prompt = await served.encode_chat(messages)
     params = seeded(body.params(served.room(len(prompt))))
     job = served.worker.submit([prompt], params, streaming=bool(body.stream))
     head = Head(served.name, served.llm.fingerprint, params.seed or 0, "chatcmpl")
-    exchange = _Exchange(request, served, job, head)
+    exchange = _Exchange(request, served, job, head, [{"messages": messages}])
     if not body.stream:
         (reply,) = await exchange.replies()
         return as_json(replies.chat_reply(head, reply, served.words))
@@ -139,7 +149,8 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     prompts = [await served.encode(p) if isinstance(p, str) else p for p in given]
     job = served.worker.submit(prompts, params, streaming=bool(body.stream))
     head = Head(served.name, served.llm.fingerprint, params.seed or 0, "cmpl")
-    exchange = _Exchange(request, served, job, head)
+    asked = [{"prompt": p} if isinstance(p, str) else {} for p in given]
+    exchange = _Exchange(request, served, job, head, asked)
     tokenizer = served.llm.tokenizer
     echoes = [p if isinstance(p, str) else tokenizer.decode(p, skip_special_tokens=False) for p in given]
     if not body.stream:

@@ -216,15 +216,15 @@ class Worker:
 def _next(entry: _Live, transcript: Transcript) -> Piece | None:
     """What a transcript has that was not told yet."""
     sequence = transcript.sequence
-    told, ids = entry.told[sequence.index], sequence.output_ids
+    told, known = entry.told[sequence.index], transcript.known
     # Fewer than told where the engine had to begin a request anew: it will say the same again.
-    if told.over or len(ids) <= told.tokens:
+    if told.over or known <= told.tokens:
         return None
     text = transcript.told[told.characters :]
     scored = None if sequence.params.logprobs is None else tuple(transcript.log_probs[told.tokens :])
-    new, finish = tuple(ids[told.tokens :]), sequence.finish_reason
+    new, finish = tuple(sequence.output_ids[told.tokens : known]), sequence.finish_reason
     told.characters += len(text)
-    told.tokens, told.over = len(ids), finish is not None
+    told.tokens, told.over = known, finish is not None
     return Piece(entry.prompt, sequence.index, text, new, scored, finish)
 
 

@@ -56,8 +56,8 @@ class AttentionCase:
                 chunks.append([(request, position)])
         return chunks
 
-    def call(self, member: Member) -> Outputs:
-        """Fills a paged cache and attends."""
+    def prepare(self, member: Member) -> Callable[[], Outputs]:
+        """Fills a paged cache."""
         chunks = self._chunks()
         pages = -(-self.q.shape[1] // PAGE)
         total = len(chunks) * pages + 3
@@ -82,7 +82,11 @@ class AttentionCase:
         )
         q = torch.stack([self.q[request, position] for request, position in self.queries])
         scale = 1 / math.sqrt(q.shape[-1])
-        return (member.function(q=q, cache=cache, rows=rows, scale=scale),)
+        return lambda: (member.function(q=q, cache=cache, rows=rows, scale=scale),)
+
+    def call(self, member: Member) -> Outputs:
+        """Fills a paged cache and attends."""
+        return self.prepare(member)()
 
     def take(self, indices: Sequence[int]) -> AttentionCase:
         """These queries only: a row alone becomes a decode step."""

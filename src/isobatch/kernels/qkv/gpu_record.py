@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -53,8 +53,8 @@ class QkvCase:
         """Rows of the outputs."""
         return self.inner.rows
 
-    def call(self, member: Member) -> Outputs:
-        """Runs a member over a fresh cache."""
+    def prepare(self, member: Member) -> Callable[[], Outputs]:
+        """Makes a fresh cache, and picks the slots."""
         qkv = self.inner.per_row["qkv"]
         blocks = -(-self.rows // PAGE) + 3
         shape = (blocks, self.kv_heads, PAGE, self.head_size)
@@ -65,9 +65,17 @@ class QkvCase:
         room = blocks * PAGE if blocks % 17 else (blocks - 1) * PAGE
         slots = (torch.arange(self.rows, device=qkv.device) * 17 + self.shift) % room
         rows = PagedRows(slots, slots, slots, slots)
-        q = member.function(**self.inner.per_row, **self.inner.shared, cache=cache, rows=rows)
         at = (slots // PAGE, slice(None), slots % PAGE)
-        return q, cache.k[at], cache.v[at]
+
+        def run() -> Outputs:
+            q = member.function(**self.inner.per_row, **self.inner.shared, cache=cache, rows=rows)
+            return q, cache.k[at], cache.v[at]
+
+        return run
+
+    def call(self, member: Member) -> Outputs:
+        """Runs a member over a fresh cache."""
+        return self.prepare(member)()
 
     def take(self, indices: Sequence[int]) -> QkvCase:
         """These rows only."""

@@ -43,6 +43,9 @@ class SamplingRows:
         min_p: float32 [R], 0 for off.
         seed: int64 [R], the 64 bits of an unsigned seed.
         position: int64 [R], the position in the sequence that the sampled token will take.
+        greedy: whether every temperature is known to be 0, which spares the GPU launches that would find
+            nothing to do, and changes no token.
+        unfiltered: likewise, whether no row is known to have top_k or top_p.
     """
 
     temperature: torch.Tensor
@@ -51,6 +54,8 @@ class SamplingRows:
     min_p: torch.Tensor
     seed: torch.Tensor
     position: torch.Tensor
+    greedy: bool = False
+    unfiltered: bool = False
 
 
 @dataclass(frozen=True, slots=True)

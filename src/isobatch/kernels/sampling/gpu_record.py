@@ -67,7 +67,8 @@ def _draw_penalize(name: str, rows: int, _variant: str) -> RowCase:
 
 def _on_cpu(function: Any) -> Any:
     def run(logits: torch.Tensor, rows: Any) -> torch.Tensor:
-        there = type(rows)(**{f.name: getattr(rows, f.name).cpu() for f in fields(rows)})
+        columns = {f.name: getattr(rows, f.name) for f in fields(rows)}
+        there = type(rows)(**{k: v.cpu() for k, v in columns.items() if isinstance(v, torch.Tensor)})
         return to_device(function(logits.cpu(), there))
 
     return run
@@ -84,7 +85,7 @@ SAMPLE = OpRecord(
     free_axes=("rows", "cut"),
     fixed_axes=("V",),
     members=(
-        Member("cpu", _on_cpu(cpu.sample), STOCK),
+        Member("cpu", _on_cpu(cpu.sample), STOCK, capturable=False),
         Member("rule", triton.sample, STOCK),
         _member(64, 1, 64),
         _member(1024, 8, 256),
@@ -103,7 +104,7 @@ PENALIZE = OpRecord(
     free_axes=("rows", "cut"),
     fixed_axes=("V",),
     members=(
-        Member("cpu", _on_cpu(cpu.penalize), STOCK),
+        Member("cpu", _on_cpu(cpu.penalize), STOCK, capturable=False),
         Member("rule", triton_penalize.penalize, STOCK),
         Member("short", partial(triton_penalize.penalize_cut, width=128), STOCK),
     ),

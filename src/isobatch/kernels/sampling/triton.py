@@ -298,9 +298,7 @@ class Cut:
     room: int
 
 
-def sample_cut(
-    logits: torch.Tensor, rows: SamplingRows, *, cut: Cut, noise: bool = True, filters: bool = True
-) -> torch.Tensor:
+def sample_cut(logits: torch.Tensor, rows: SamplingRows, *, cut: Cut) -> torch.Tensor:
     """`sample` in given pieces."""
     S, V = logits.shape
     x = logits if logits.stride(1) == 1 else logits.contiguous()
@@ -326,7 +324,7 @@ def sample_cut(
     found = (sub_keys, span_keys, span_ids, heat, top_k, largest, best, bound, listed)
     _bound_kernel[(S,)](*found, SUBS=subs, SUBS_PAD=triton.next_power_of_2(subs), **padded, **whole)
     cuts = new((S, 2), dtype=torch.int32)
-    if filters:
+    if not rows.greedy and not rows.unfiltered:
         states = new((S, _STATES.value), dtype=torch.int64)
         masses = new((S, 3, spans, 16), dtype=torch.int64)
         list_ids = new((S, cut.room), dtype=torch.int32)
@@ -337,7 +335,7 @@ def sample_cut(
             x, *row, bound, states, masses, listed, list_ids, stride, ROOM=cut.room, **size, **padded, **wide
         )
         _cut_kernel[(S,)](x, *row, states, listed, list_ids, cuts, stride, V=V, ROOM=cut.room, **whole)
-    if noise:
+    if not rows.greedy:
         scores = new((S, spans), dtype=torch.float64)
         drawn = (*parameters, seed, position, largest, best, cuts)
         _noise_kernel[grid](x, *drawn, scores, span_ids, stride, **size, **wide)
@@ -347,17 +345,12 @@ def sample_cut(
     return tokens
 
 
-def sample(
-    logits: torch.Tensor, rows: SamplingRows, noise: bool = True, filters: bool = True
-) -> torch.Tensor:
+def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
     """One token id per row.
 
     Args:
         logits: float32 [S, V], rows at any stride, V at most 2^18.
         rows: each row's parameters, on the same device.
-        noise: False if the caller knows that every row has temperature 0.
-        filters: False if the caller knows that no row has top_k or top_p. What it knows spares launches that
-            would find nothing to do, and changes no token.
 
     Returns:
         int64 [S]; -1 where a row of logits holds NaN or infinity.
@@ -367,4 +360,4 @@ def sample(
         and the scores are the CPU's.
     """
     cut = Cut(2048, 4, 2048)
-    return sample_cut(logits, rows, cut=cut, noise=noise, filters=filters)
+    return sample_cut(logits, rows, cut=cut)

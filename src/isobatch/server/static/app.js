@@ -58,7 +58,7 @@ function request() {
 async function ask(event) {
   event.preventDefault();
   const asked = request();
-  run = { asked, fingerprint: null, cells: new Map(), finished: false };
+  run = { asked, fingerprint: null, receipt: null, cells: new Map(), finished: false };
   abort = new AbortController();
   prepare(asked);
   try {
@@ -114,6 +114,7 @@ function prepare(asked) {
 
 function take(event) {
   if ("fingerprint" in event) run.fingerprint = event.fingerprint;
+  else if (event.receipt) run.receipt = event.receipt;
   else if (event.done) finish(event.distinct);
   else if ("cell" in event && event.error) throw new Error(event.error.message);
   else if (event.error) throw new Error(event.error.message);
@@ -158,26 +159,31 @@ function finish(distinct) {
   $("parting").hidden = false;
   say("fingerprint", run.fingerprint ?? "none, since torch's own kernels promise nothing");
   $("proof").hidden = false;
+  $("receipt").hidden = run.receipt === null;
 }
 
 function identity(cell) {
   return cell.tokens.map(([id]) => id).join(" ");
 }
 
+function save(name, content) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([JSON.stringify(content, null, 2)], { type: "application/json" }));
+  link.download = name;
+  link.click();
+  URL.revokeObjectURL(link.href);
+}
+
 function download() {
   const answers = [...run.cells].map(([cell, { tokens }]) => ({
     cell, text: tokens.map(([, text]) => text).join(""), token_ids: tokens.map(([id]) => id),
   }));
-  const kept = { request: run.asked, system_fingerprint: run.fingerprint, answers };
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([JSON.stringify(kept, null, 2)], { type: "application/json" }));
-  link.download = "isobatch-answers.json";
-  link.click();
-  URL.revokeObjectURL(link.href);
+  save("isobatch-answers.json", { request: run.asked, system_fingerprint: run.fingerprint, answers });
 }
 
 $("form").addEventListener("submit", ask);
 $("stop").addEventListener("click", () => abort?.abort());
 $("download").addEventListener("click", download);
+$("receipt").addEventListener("click", () => save("isobatch-receipt.json", run.receipt));
 $("copies").addEventListener("input", () => say("count", $("copies").value));
 showStatus();

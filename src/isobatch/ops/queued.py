@@ -1,0 +1,41 @@
+"""Ops of a device that works through a queue: calls return before their work is done."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+
+from isobatch.kernels.layout import PagedRows
+from isobatch.ops.ops import Ops
+
+
+class QueuedOps(Ops, ABC):
+    """What an engine needs to keep a queue filled."""
+
+    @abstractmethod
+    def decode_rows(
+        self, lengths: torch.Tensor, tables: torch.Tensor, slots: torch.Tensor, context: int
+    ) -> PagedRows:
+        """Rows of one query each, whose lengths, tables and slots are read where they lie when kernels run.
+
+        Args:
+            lengths: int32 [R], 0 for a padded row.
+            tables: int32 [R, pages].
+            slots: int64 [R], -1 for a padded row.
+            context: no length will be more.
+        """
+
+    @abstractmethod
+    def recorded(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
+        """Records work, to queue it again at the cost of one launch.
+
+        Args:
+            work: reads its inputs where they will lie. It is run once before: what is to be compiled or
+                certified for it is so then.
+
+        Returns:
+            What queues the work again, and its result, which each time overwrites. All recordings share
+            their memory, so another may overwrite it too.
+        """
