@@ -34,7 +34,7 @@ doctor: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/isobatch bench cpu
 
-golden: $(VENV)/.ready  ## only with a new NUMERICS_VERSION
+golden: $(VENV)/.ready  ## only for a new op, or with a new NUMERICS_VERSION
 	$(BIN)/python scripts/write_golden.py
 
 clean:

@@ -1,4 +1,4 @@
-"""Writes the golden digests that the fingerprint is made of. Run it only with a new NUMERICS_VERSION."""
+"""Writes the golden digests that the fingerprint is made of: for a new op, or with a new NUMERICS_VERSION."""
 
 from __future__ import annotations
 

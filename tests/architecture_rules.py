@@ -86,8 +86,13 @@ NEIGHBOURS = {
     ("kernels/cpu/layout.py", "linear"),  # the layout of weights is linear's
     ("kernels/cpu/layout.py", "attention"),  # and that of caches attention's
     ("kernels/gpu/layout.py", "attention"),  # likewise on the GPU
+    ("kernels/gpu/layout.py", "moe"),  # and the widths that experts may have
+    ("kernels/moe/cpu.py", "linear"),  # an expert's products are linear's
+    ("kernels/moe/cpu.py", "activation"),
     ("kernels/qkv/gpu_record.py", "rms_norm"),  # the fused kernel is certified against the separate ones
     ("kernels/qkv/gpu_record.py", "rotary"),
+    ("kernels/cpu/random_weights.py", "sampling"),  # the one generator of random words
+    ("kernels/gpu/random_weights.py", "sampling"),
     ("kernels/embedding/cpu.py", "linear"),  # tied weights are stored once, in linear's panels
 }
 
@@ -286,15 +291,21 @@ def _spans(text: str) -> list[str]:
 
 @cache
 def _members() -> dict[str, set[str]]:
-    """Names defined in each class of the package."""
+    """Names defined in each class of the package, those of its bases included."""
     members: dict[str, set[str]] = {}
+    bases: dict[str, list[str]] = {}
     for text in SOURCE.values():
         for node in ast.walk(_parse(text)):
             if isinstance(node, ast.ClassDef):
                 methods = {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
                 fields = {ast.unparse(part.target) for part in node.body if isinstance(part, ast.AnnAssign)}
                 members.setdefault(node.name, set()).update(methods | fields)
-    return members
+                bases.setdefault(node.name, []).extend(map(ast.unparse, node.bases))
+
+    def inherited(name: str) -> set[str]:
+        return members[name].union(*(inherited(base) for base in bases[name] if base in members))
+
+    return {name: inherited(name) for name in members}
 
 
 def _tests(path: Path) -> set[str]:

@@ -32,6 +32,13 @@ _GGUF_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+}
+_MOE: dict[str, object] = {
+    "moe_intermediate_size": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "norm_topk_prob": True,
 }
 _GGUF_TYPES = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING", list: "ARRAY"}
 
@@ -40,7 +47,7 @@ def tiny_model(architecture: str, dtype: torch.dtype = torch.float32, **settings
     """A transformers model with random weights everywhere, norms and biases too.
 
     Args:
-        architecture: "llama", "qwen2" or "qwen3".
+        architecture: "llama", "qwen2", "qwen3" or "qwen3_moe".
         dtype: of its weights.
         settings: what to put into its configuration, over the tiny defaults.
     """
@@ -57,7 +64,7 @@ def tiny_model(architecture: str, dtype: torch.dtype = torch.float32, **settings
         "max_position_embeddings": 128,
         "bos_token_id": 1,
         "eos_token_id": 2,
-    }
+    } | (_MOE if architecture == "qwen3_moe" else {})
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(architecture, **(defaults | settings)), dtype=dtype
     )
@@ -90,12 +97,19 @@ def gguf_metadata(config: Any) -> dict[str, object]:
         "rope.dimension_count": config.head_dim,
         "rope.freq_base": config.rope_parameters["rope_theta"],
     }
+    if config.model_type == "qwen3_moe":
+        own |= {
+            "expert_count": config.num_experts,
+            "expert_used_count": config.num_experts_per_tok,
+            "expert_feed_forward_length": config.moe_intermediate_size,
+        }
+    architecture = config.model_type.replace("_", "")
     general: dict[str, object] = {
-        "general.architecture": config.model_type,
+        "general.architecture": architecture,
         "tokenizer.ggml.bos_token_id": config.bos_token_id,
         "tokenizer.ggml.eos_token_id": config.eos_token_id,
     }
-    return general | {f"{config.model_type}.{key}": value for key, value in own.items()}
+    return general | {f"{architecture}.{key}": value for key, value in own.items()}
 
 
 def gguf_tensors(
@@ -112,6 +126,11 @@ def gguf_tensors(
             _, _, layer, stem = stem.split(".", 3)
             block = f"blk.{layer}."
         weight = tensor.float().numpy()
+        if stem == "mlp.experts":
+            gate_up = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}[kind]
+            for part, matrices in zip(gate_up, np.split(weight, len(gate_up), axis=1), strict=True):
+                stored[f"{block}ffn_{part}_exps.weight"] = (quantize(matrices, quantisation), quantisation)
+            continue
         if model.config.model_type == "llama" and stem in ("self_attn.q_proj", "self_attn.k_proj"):
             weight = _interleaved(weight, model.config.head_dim)
         wanted = quantisation if weight.ndim == 2 else GGMLQuantizationType.F32

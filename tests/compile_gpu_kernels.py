@@ -60,7 +60,9 @@ def failures() -> Iterator[str]:
     """A sentence for each member that cannot be compiled, or could not be launched."""
     compiled = _compile_only()
     from isobatch.kernels.gpu.catalogue import GPU_RECORDS
+    from isobatch.kernels.gpu.random_weights import random_weights
 
+    random_weights(2**62, 0, 4096, torch.bfloat16)
     for record in GPU_RECORDS.values():
         # float16 makes the same programs with another type.
         variants = [variant for variant in record.variants if not variant.endswith("fp16")]

@@ -25,6 +25,7 @@ from isobatch.kernels.registry import Member
 from isobatch.models.checkpoint import Checkpoint, open_checkpoint
 from isobatch.models.decoder import Decoder
 from isobatch.models.huggingface import HuggingFaceCheckpoint
+from isobatch.models.layers import MLP
 from isobatch.models.loading import coded_bytes, load_decoder
 from isobatch.ops import certified_ops
 from tests.checkpoints import Stored, gguf_metadata, gguf_tensors, tiny_model, write_gguf
@@ -121,7 +122,7 @@ def test_control_with_a_fused_widening_is_refused() -> None:
     def linear(x: torch.Tensor, weight: FusedWeight, bias: torch.Tensor | None) -> Any:
         return function(x, weight.packed, bias)
 
-    verdict = certify(op, Member("fused", linear, Layout(FusedWeight, CPU.cache)), (2, 7))
+    verdict = certify(op, Member("fused", linear, Layout(FusedWeight, CPU.cache, CPU.stack)), (2, 7))
     assert not verdict.member
     assert verdict.refuted_by == "q4 with offset, 2 rows"
 
@@ -196,6 +197,7 @@ def _same_logits(one: Decoder, other: Decoder) -> bool:
 
 def _codings(decoder: Decoder) -> list[Coding]:
     layer = decoder.layers[0]
+    assert isinstance(layer.mlp, MLP)
     weights = (decoder.embedding, layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down)
     return [weight.coding for weight in weights if isinstance(weight, PackedWeight)]
 

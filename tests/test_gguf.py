@@ -216,6 +216,34 @@ def test_missing_or_senseless_metadata_is_refused(
         _opened_with(tmp_path, llama, {key: value})
 
 
+# --- experts ---
+
+
+def test_an_experts_matrix_is_its_part_of_the_stack(tmp_path: Path) -> None:
+    model = tiny_model("qwen3_moe")
+    file = write_gguf(tmp_path / "m.gguf", gguf_metadata(model.config), gguf_tensors(model, Q.Q8_0))
+    ours, theirs = open_checkpoint(file), GGUFReader(file)
+    stack = next(tensor for tensor in theirs.tensors if tensor.name == "blk.1.ffn_up_exps.weight")
+    whole = dequantize(stack.data, stack.tensor_type)
+    assert whole.shape == (8, 32, 64)
+    for expert in (0, 3, 7):
+        name = f"model.layers.1.mlp.experts.{expert}.up_proj.weight"
+        assert ours.coding(name).bits == 8
+        assert bits_equal(ours.read(name, 5, 9), torch.from_numpy(whole[expert, 5:9].copy()))
+
+
+def test_settings_of_experts_are_read_or_refused(tmp_path: Path) -> None:
+    model = tiny_model("qwen3_moe")
+    for value, renormalise in ((None, True), (True, True), (False, False)):
+        moe = _opened_with(tmp_path, model, {"qwen3moe.expert_weights_norm": value}).config.moe
+        assert moe.renormalise is renormalise
+    with pytest.raises(UnsupportedModelError, match="expert_shared_count"):
+        _opened_with(tmp_path, model, {"qwen3moe.expert_shared_count": 1})
+    for key, wrong in (("expert_count", 7), ("expert_count", None), ("expert_used_count", 9)):
+        with pytest.raises(CheckpointError):
+            _opened_with(tmp_path, model, {f"qwen3moe.{key}": wrong})
+
+
 # --- damage ---
 
 

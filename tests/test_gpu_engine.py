@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from isobatch.config import EngineConfig
 from isobatch.engine.engine import Engine
 from isobatch.engine.memory import block_bytes
 from isobatch.engine.output import Reply
+from isobatch.engine.verify import verify
 from isobatch.errors import ConfigError, UnknownKeyError
 from isobatch.kernels.attention.gpu_rows import GpuKVCache
 from isobatch.kernels.gpu.device import dtypes
@@ -27,7 +29,17 @@ from isobatch.models.decoder import Decoder
 from isobatch.models.loading import load_decoder
 from isobatch.ops.gpu import GpuOps
 from tests.checkpoints import tiny_model, trained_bpe
-from tests.engine_harness import TINY, Ask, MovedError, TinyCheckpoint, drive, expect_same, stream, tiny_world
+from tests.engine_harness import (
+    IDENTITY,
+    TINY,
+    Ask,
+    MovedError,
+    TinyCheckpoint,
+    drive,
+    expect_same,
+    stream,
+    tiny_world,
+)
 
 # Stale memory is NaN, and NumPy, which interprets, says so where it is masked.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
@@ -36,7 +48,10 @@ DTYPE = dtypes()[0]
 NAME = str(DTYPE).removeprefix("torch.")
 # Prompts on both sides of a page's end, one that begins like another; greedy, sampled, filtered, penalised.
 ASKS = tuple(
-    Ask(stream(number)[:length], SamplingParams(max_tokens=3, ignore_eos=True, logprobs=3, **how))
+    Ask(
+        stream(number)[:length],
+        SamplingParams(max_tokens=3, ignore_eos=True, logprobs=3, receipt=True, **how),
+    )
     for number, length, how in (
         (0, 5, {"temperature": 0}),
         (1, 33, {"temperature": 1, "seed": 3, "top_p": 0.9}),
@@ -53,7 +68,7 @@ def decoder() -> Decoder:
 def engine(*, blocks: int = 32, model: Decoder | None = None, **settings: Any) -> Engine:
     size = blocks * block_bytes(TINY, DTYPE.itemsize)
     config = EngineConfig(device="cuda", dtype=NAME, kv_cache_bytes=size, **settings)  # type: ignore[arg-type]
-    made = Engine(model or decoder(), None, config)
+    made = Engine(model or decoder(), None, config, IDENTITY)
     for cache_ in made._caches:
         assert isinstance(cache_, GpuKVCache)
         cache_.k.fill_(float("nan"))
@@ -102,6 +117,15 @@ def test_decode_is_prefill() -> None:
     assert scored is not None
     assert scored.prompt_log_probs is not None
     assert scored.prompt_log_probs[-len(drawn.token_ids) :] == drawn.log_probs
+
+
+def test_receipt_is_verified_and_its_forgery_refuted() -> None:
+    receipt = alone(ASKS[2]).completions[0].receipt
+    assert receipt is not None
+    assert str(verify(engine(), receipt, chunk=7)) == "verified (3 tokens)"
+    forged = replace(receipt, token_ids=(*receipt.token_ids[:2], receipt.token_ids[2] ^ 1))
+    verdict = verify(engine(), forged)
+    assert (verdict.field, verdict.token) == ("completion.token_ids", 2)
 
 
 def test_control_a_product_split_by_load_is_caught() -> None:

@@ -182,7 +182,8 @@ def _rows(count: int, temperature: float, top_p: float = 1.0) -> SamplingRows:
 
 def _on_device(rows: SamplingRows) -> SamplingRows:
     columns: dict[str, Any] = {field.name: getattr(rows, field.name) for field in fields(rows)}
-    return replace(rows, **{k: to_device(v) for k, v in columns.items() if isinstance(v, torch.Tensor)})
+    columns |= {k: to_device(v) for k, v in columns.items() if isinstance(v, torch.Tensor)}
+    return SamplingRows(**columns)
 
 
 def _same_as_cpu(logits: torch.Tensor, rows: SamplingRows, cut: Cut = SMALL) -> list[int]:

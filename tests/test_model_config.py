@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from isobatch.errors import CheckpointError, UnsupportedModelError
-from isobatch.models.config import ModelConfig, RopeConfig, config_from_huggingface
+from isobatch.models.config import ModelConfig, MoeConfig, RopeConfig, config_from_huggingface
 
 LLAMA_3_2: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -83,6 +83,19 @@ QWEN_3: dict[str, Any] = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+QWEN_3_MOE: dict[str, Any] = QWEN_3 | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+    "tie_word_embeddings": False,
+}
 
 
 def test_llama_3_2_is_understood() -> None:
@@ -123,7 +136,22 @@ def test_qwen_is_understood() -> None:
     assert older.eos_token_ids == (151645,)
 
 
-@pytest.mark.parametrize("settings", [LLAMA_3_2, QWEN_2_5, QWEN_3])
+def test_mixture_of_experts_is_understood() -> None:
+    config = config_from_huggingface(QWEN_3_MOE)
+    assert config.qk_norm
+    assert config.moe == MoeConfig(experts=128, active=8, inner=768, renormalise=True)
+    assert all(config.experts_of(layer) == config.moe for layer in range(28))
+    assert config_from_huggingface(QWEN_3).experts_of(0) is None
+    mixed = config_from_huggingface(QWEN_3_MOE | {"decoder_sparse_step": 3, "mlp_only_layers": [5]})
+    assert [layer for layer in range(10) if mixed.experts_of(layer)] == [2, 8]
+    absent = {key: value for key, value in QWEN_3_MOE.items() if key not in ("norm_topk_prob", "head_dim")}
+    config = config_from_huggingface(absent)
+    assert config.moe is not None
+    assert not config.moe.renormalise
+    assert config.head_size == 64
+
+
+@pytest.mark.parametrize("settings", [LLAMA_3_2, QWEN_2_5, QWEN_3, QWEN_3_MOE])
 def test_transformers_4_and_5_mean_the_same(settings: dict[str, Any], tmp_path: Path) -> None:
     from transformers import AutoConfig
 
@@ -212,6 +240,26 @@ def test_what_we_lack_is_refused_by_name(changes: dict[str, object], named: str)
 def test_nonsense_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(CheckpointError):
         config_from_huggingface(LLAMA_3_2 | changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({name: None} for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size")),
+        {"num_experts": 0},
+        {"num_experts": 7},
+        {"num_experts_per_tok": 0},
+        {"moe_intermediate_size": -1},
+        {"norm_topk_prob": 1},
+        {"decoder_sparse_step": 0},
+        {"mlp_only_layers": ["all"]},
+        {"mlp_only_layers": 3},
+        {"num_local_experts": 64},
+    ],
+)
+def test_nonsense_about_experts_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(CheckpointError):
+        config_from_huggingface(QWEN_3_MOE | changes)
 
 
 def test_frequency_divisors_must_fit_the_head() -> None:

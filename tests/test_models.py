@@ -60,6 +60,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {}),
     "qwen3, wide heads": ("qwen3", {"head_dim": 32, "num_key_value_heads": 1}),
     "qwen3, biases": ("qwen3", {"attention_bias": True}),
+    "qwen3 moe": ("qwen3_moe", {}),
+    "qwen3 moe, shares of all": ("qwen3_moe", {"norm_topk_prob": False}),
+    "qwen3 moe, some layers dense": ("qwen3_moe", {"mlp_only_layers": [0], "num_hidden_layers": 3}),
+    "qwen3 moe, each second layer": ("qwen3_moe", {"decoder_sparse_step": 2, "num_hidden_layers": 4}),
+    "qwen3 moe, odd widths": ("qwen3_moe", {"moe_intermediate_size": 36, "num_experts": 5}),
 }
 # Together they cross the edges of blocks and, with 200 tokens, of an attention span.
 LENGTHS = (1, 16, 33, 200)

@@ -78,7 +78,7 @@ def test_without_asking_there_is_none_and_nothing_is_hashed(monkeypatch: pytest.
     def refuse(_logits: torch.Tensor) -> list[bytes]:
         raise AssertionError("hashed for nobody")
 
-    monkeypatch.setattr("isobatch.engine.engine.row_digests", refuse)
+    monkeypatch.setattr("isobatch.engine.runner.row_digests", refuse)
     (reply,) = drive(tiny_world().engine(), [Ask(stream(0)[:9], SamplingParams(seed=1))])
     assert reply is not None
     assert reply.completions[0].receipt is None

@@ -21,13 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isobatch import LLM, SamplingParams
-from isobatch.cli import main
+from isobatch.cli import bench_verify, main
 from isobatch.engine.engine import Engine
 from isobatch.engine.receipt import Receipt
 from isobatch.engine.receipt_json import read_receipt, receipt_from_json
 from isobatch.engine.request import FinishReason
 from isobatch.engine.verify import Outcome, Verdict, verify
 from isobatch.errors import ConfigError, RequestError
+from isobatch.models.locate import demo_weights
 from tests.checkpoints import tiny_model, trained_bpe
 from tests.engine_harness import TINY, Ask, alone, drive, smollm2, stream, tiny_world
 
@@ -465,6 +466,18 @@ def test_command_tells_false_from_unreadable(
 def test_bad_usage_is_refused(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words.split()) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.weights
+def test_bench_is_gated_by_true_and_forged_receipts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench_verify.gate(demo_weights()) == []
+    monkeypatch.setattr(LLM, "verify", lambda _self, _receipt: Verdict(VERIFIED))
+    assert main(["bench", "verify", "--json"]) == 1
+    (first, second) = json.loads(capsys.readouterr().out)["gate"]
+    assert "forged at token 30 is verified" in first
+    assert first != second
 
 
 def test_verdicts_are_sentences() -> None:

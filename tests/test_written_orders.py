@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from numba import njit
 
 from isobatch.bits import bits_equal
 from isobatch.kernels.attention.record import AttentionCase
@@ -15,6 +16,8 @@ from isobatch.kernels.catalogue import record
 from isobatch.kernels.coding import CodedRows
 from isobatch.kernels.cpu import elementary
 from isobatch.kernels.data import floats
+from isobatch.kernels.linear.weight import PackedStack, PackedWeight
+from isobatch.kernels.moe.experts import Experts
 from isobatch.kernels.registry import RowCase
 from tests.exact import fma32
 
@@ -108,6 +111,48 @@ def test_attention_is_spans_of_128_with_online_softmax() -> None:
         m = top
     total = halves(lanes)
     assert bits_equal(got, torch.tensor([F(a / total) for a in acc]))
+
+
+def _exp(x: Row | np.float32) -> Row:
+    given, out = np.atleast_1d(np.asarray(x, np.float32)), np.empty(np.size(x), np.float32)
+    _map_exp(given, out)
+    return out
+
+
+@njit
+def _map_exp(x, out):  # type: ignore[no-untyped-def]
+    for i in range(len(x)):
+        out[i] = elementary.exp(x[i])
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_experts_are_added_in_ascending_id(renormalise: bool) -> None:
+    E, A, K, inner = 5, 3, 40, 6
+    x, router = floats("order/x", 4, K, kind="plain"), floats("order/r", E, K, kind="plain")
+    gate_up = [floats(f"order/gate_up/{e}", 2 * inner, K, kind="plain") for e in range(E)]
+    down = [floats(f"order/down/{e}", K, inner, kind="plain") for e in range(E)]
+
+    def packed(weights: list[torch.Tensor]) -> PackedStack:
+        return PackedStack(tuple(PackedWeight.pack(CodedRows.of(weight)) for weight in weights))
+
+    whole = PackedWeight.pack(CodedRows.of(router))
+    experts = Experts(whole, packed(gate_up), packed(down), A, renormalise)
+    got = run("moe", RowCase({"x": x}, {"experts": experts}))
+    for t, row in enumerate(x.numpy()):
+        logits = np.array([chain(row, w.numpy()) for w in router], np.float32)
+        chosen = sorted(sorted(range(E), key=lambda e: (-logits[e], e))[:A])
+        powers = [_exp(F(z - logits.max()))[0] for z in logits]
+        total = F(0)
+        for e in chosen if renormalise else range(E):
+            total = F(total + powers[e])
+        acc = np.zeros(K, np.float32)
+        for e in chosen:
+            half = np.array([chain(row, w.numpy()) for w in gate_up[e]], np.float32)
+            gate, up = half[:inner], half[inner:]
+            h = gate / (F(1) + _exp(-gate)) * up
+            y = np.array([chain(h, w.numpy()) for w in down[e]], np.float32)
+            acc = acc + F(powers[e] / total) * y
+        assert bits_equal(got[t], torch.from_numpy(acc))
 
 
 def test_rotary_rounds_each_product() -> None:

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from isobatch.config import EngineConfig
     from isobatch.engine.llm import LLM
     from isobatch.engine.output import Completion, Reply, TokenLogProbs
+    from isobatch.engine.receipt import Receipt
+    from isobatch.engine.receipt_json import receipt_from_json
     from isobatch.engine.sampling_params import SamplingParams
+    from isobatch.engine.verify import Verdict
 
 # Here, because the library reads it once, when torch brings it in.
 env.shorten_spin()
@@ -24,20 +27,26 @@ _HOMES = {
     "LLM": "isobatch.engine.llm",
     "Completion": "isobatch.engine.output",
     "EngineConfig": "isobatch.config",
+    "Receipt": "isobatch.engine.receipt",
     "Reply": "isobatch.engine.output",
     "SamplingParams": "isobatch.engine.sampling_params",
     "TokenLogProbs": "isobatch.engine.output",
+    "Verdict": "isobatch.engine.verify",
+    "receipt_from_json": "isobatch.engine.receipt_json",
 }
 
 __all__ = [
     "LLM",
     "Completion",
     "EngineConfig",
+    "Receipt",
     "Reply",
     "SamplingParams",
     "TokenLogProbs",
+    "Verdict",
     "__version__",
     "errors",
+    "receipt_from_json",
 ]
 
 

@@ -1,4 +1,7 @@
-"""Settings of the engine: frozen, checked, able to explain themselves. None can change a bit of a logit."""
+"""Settings of the engine: frozen, checked, able to explain themselves.
+
+Given the model, which `load`, `layers` and `weights_seed` have a part in, none can change a bit of a logit.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from isobatch.errors import ConfigError, UnknownKeyError
 Kernels = Literal["isobatch", "stock"]
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Load = Literal["checkpoint", "random"]
 _DTYPES: dict[str, tuple[str, ...]] = {"cpu": ("float32",), "cuda": ("bfloat16", "float16")}
 _NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -18,7 +22,8 @@ _NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """How the engine uses the machine. A reply is the same whatever stands here, except that `kernels`,
-    `device` and `dtype` name the numerics class, and `max_context` ends it.
+    `device` and `dtype` name the numerics class, `load`, `layers` and `weights_seed` the model, and
+    `max_context` ends it.
 
     Args:
         kernels: "isobatch" for certified kernels; "stock" for torch's own, whose bits depend on the load.
@@ -31,6 +36,11 @@ class EngineConfig:
         max_context: the longest prompt and reply together, in tokens; None for the model's own limit.
         prefix_cache: whether prompts with a common beginning share its keys and values.
         policy: "fcfs", or "chaos:SEED" for a scheduler that decides at random, as a test of the promise.
+        load: "checkpoint" for stored weights; "random" for seeded random ones of a configuration: a name in
+            models/presets.py, a folder with a config.json, or such a file. A model with random weights has no
+            tokenizer: prompts are token ids, and replies have no text.
+        layers: how many of its layers a model with random weights gets, the first ones; None for all.
+        weights_seed: of random weights; the same seed, the same weights, on every device.
 
     Raises:
         ConfigError: a value of the wrong type or out of range.
@@ -45,6 +55,9 @@ class EngineConfig:
     max_context: int | None = None
     prefix_cache: bool = True
     policy: str = "fcfs"
+    load: Load = "checkpoint"
+    layers: int | None = None
+    weights_seed: int = 0
 
     def __post_init__(self) -> None:
         if self.kernels not in get_args(Kernels):
@@ -60,9 +73,9 @@ class EngineConfig:
             )
         if self.kernels == "stock" and self.device != "cpu":
             raise ConfigError("stock kernels run on the CPU only", fix='use device="cpu"')
-        for name in ("kv_cache_bytes", "max_batch_tokens", "max_batch_sequences", "max_context"):
+        for name in ("kv_cache_bytes", "max_batch_tokens", "max_batch_sequences", "max_context", "layers"):
             value = getattr(self, name)
-            if value is None and name == "max_context":
+            if value is None and name in ("max_context", "layers"):
                 continue
             if type(value) is not int or value < 1:
                 raise ConfigError(f"bad {name}", expected="an integer of 1 or more", got=repr(value))
@@ -70,6 +83,16 @@ class EngineConfig:
             raise ConfigError("bad prefix_cache", expected="True or False", got=repr(self.prefix_cache))
         if not isinstance(self.policy, str):
             raise ConfigError("bad policy", expected='"fcfs" or "chaos:SEED"', got=repr(self.policy))
+        self._check_load()
+
+    def _check_load(self) -> None:
+        if self.load not in get_args(Load):
+            raise UnknownKeyError("load", str(self.load), get_args(Load))
+        if type(self.weights_seed) is not int or not 0 <= self.weights_seed < 1 << 64:
+            got = repr(self.weights_seed)
+            raise ConfigError("bad weights_seed", expected="an integer from 0 to 2**64 - 1", got=got)
+        if self.load == "checkpoint" and (self.layers is not None or self.weights_seed):
+            raise ConfigError("layers and weights_seed are for random weights", fix='use load="random"')
 
     @property
     def number_format(self) -> str:

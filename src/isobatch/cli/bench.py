@@ -23,7 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="measure speed against transformers and torch's own kernels; bits are checked first",
         description="Checks the bits, then measures; a red gate prints no number. Needs the extra [bench].",
     )
-    parser.add_argument("target", choices=("cpu", "gpu"), help="what to measure on")
+    parser.add_argument("target", choices=("cpu", "gpu", "verify"), help="what to measure")
     parser.add_argument("--model", default="demo", help="SmolLM2-135M-Instruct by default; a .gguf file")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side; medians count (default 3)")
     parser.add_argument("--out", type=Path, help=f"results file (default {_RESULTS}/TARGET.json)")
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(stderr=True)
     with console.status("checking the bits") as status:
         tell = status.update if console.is_terminal else console.log
-        report = _gpu(arguments.only, tell) if arguments.target == "gpu" else _cpu(arguments, tell)
+        report = _gpu(arguments.only, tell) if arguments.target == "gpu" else _on_cpu(arguments, tell)
     if failures := report.get("failures"):
         for failure in failures:
             console.print(failure, style="red", markup=False)
@@ -72,14 +72,15 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _cpu(arguments: argparse.Namespace, progress: Callable[[str], None]) -> dict[str, Any]:
-    from isobatch.cli import bench_cpu
+def _on_cpu(arguments: argparse.Namespace, progress: Callable[[str], None]) -> dict[str, Any]:
+    from isobatch.cli import bench_cpu, bench_verify
     from isobatch.models.locate import demo_weights
 
+    target = bench_verify if arguments.target == "verify" else bench_cpu
     model = demo_weights() if arguments.model == "demo" else Path(arguments.model)
-    if failures := bench_cpu.gate(model):
+    if failures := target.gate(model):
         return {"failures": failures}
-    return {"gate": "green", "figures": bench_cpu.measure(model, arguments.repeats, progress)}
+    return {"gate": "green", "figures": target.measure(model, arguments.repeats, progress)}
 
 
 def _gpu(only: list[str] | None, progress: Callable[[str], None]) -> dict[str, Any]:

@@ -43,9 +43,9 @@ def gate(model: Path) -> list[str]:
         What is wrong; empty if nothing.
     """
     failures = [*check_digests(_silent).failures, *check_members(_silent).failures]
-    llm = _load(model, "isobatch")
+    llm = load(model, "isobatch")
     params = SamplingParams(temperature=0, max_tokens=8, logprobs=3)
-    prompts = [_prompt(llm, 20 + 7 * i) for i in range(9)]
+    prompts = [prompt_of(llm, 20 + 7 * i) for i in range(9)]
     together = llm.generate(prompts, params)
     for prompt, batched in zip(prompts, together, strict=True):
         if _said(llm.generate([prompt], params)[0]) != _said(batched):
@@ -67,7 +67,7 @@ def measure(model: Path, repeats: int, progress: Callable[[str], None]) -> list[
     progress("linear at 256 rows against torch")
     figures = [_linear(rows, goal, max(repeats, 15)) for rows, goal in ((1, 0.0), (16, 0.0), (256, 0.75))]
     progress("loading both models")
-    llm = _load(model, "isobatch")
+    llm = load(model, "isobatch")
     other = _transformers(model)
     for batch, new, goal in ((1, 64, 1.5), (32, 48, 2.0)):
         progress(f"decode, batch {batch}, against transformers")
@@ -77,7 +77,7 @@ def measure(model: Path, repeats: int, progress: Callable[[str], None]) -> list[
     del other
     gc.collect()
     progress("batch 64 against stock kernels in the same engine")
-    figures.append(_against_stock(llm, _load(model, "stock"), repeats))
+    figures.append(_against_stock(llm, load(model, "stock"), repeats))
     del llm
     gc.collect()
     progress("peak memory")
@@ -85,7 +85,8 @@ def measure(model: Path, repeats: int, progress: Callable[[str], None]) -> list[
     return figures
 
 
-def _figure(what: str, against: str, unit: str, ours: float, other: float, goal: float) -> dict[str, Any]:
+def figure(what: str, against: str, unit: str, ours: float, other: float, goal: float) -> dict[str, Any]:
+    """One entry of the results: both sides, their ratio, and what that should be at least, 0 for no goal."""
     return {
         "what": what,
         "against": against,
@@ -97,7 +98,7 @@ def _figure(what: str, against: str, unit: str, ours: float, other: float, goal:
     }
 
 
-def _seconds(repeats: int, *sides: Callable[[], object]) -> list[float]:
+def seconds(repeats: int, *sides: Callable[[], object]) -> list[float]:
     """The median time of each side; the sides take turns, so that a slow spell of the machine hits all."""
     for side in sides:
         side()
@@ -118,7 +119,7 @@ def _linear(rows: int, goal: float, repeats: int) -> dict[str, Any]:
         packed = PackedWeight.pack(CodedRows.of(w))
         if not bits_equal(ops.linear(x, packed)[:1], ops.linear(x[:1], packed)):
             raise IntegrityError(f"linear {outputs} x {inputs}: a row alone differs from the row in a batch")
-        ours, torchs = _seconds(
+        ours, torchs = seconds(
             repeats,
             lambda x=x, packed=packed: ops.linear(x, packed),  # type: ignore[misc]
             lambda x=x, w=w: torch.nn.functional.linear(x, w),  # type: ignore[misc]
@@ -127,10 +128,11 @@ def _linear(rows: int, goal: float, repeats: int) -> dict[str, Any]:
         torch_total += torchs
         operations += 2e-9 * rows * outputs * inputs
     what = f"linear, {rows} rows, SmolLM2's four shapes"
-    return _figure(what, "torch", "GFLOP/s", operations / ours_total, operations / torch_total, goal)
+    return figure(what, "torch", "GFLOP/s", operations / ours_total, operations / torch_total, goal)
 
 
-def _load(model: Path, kernels: str) -> LLM:
+def load(model: Path, kernels: str) -> LLM:
+    """A model whose every run computes everything."""
     # No prefix cache: the same prompts come again and again, and are to be computed each time.
     return LLM(model, kernels=kernels, kv_cache_bytes=_KV_BYTES, prefix_cache=False, progress=False)
 
@@ -168,7 +170,8 @@ def _transformers(model: Path) -> Any:
     return other
 
 
-def _prompt(llm: LLM, length: int) -> list[int]:
+def prompt_of(llm: LLM, length: int) -> list[int]:
+    """A prompt of so many tokens."""
     tokens = llm.tokenizer.encode(_TEXT)
     return (tokens * (length // len(tokens) + 1))[:length]
 
@@ -191,36 +194,34 @@ def _theirs(other: Any, prompts: list[list[int]], new: int) -> None:
 
 
 def _decode(llm: LLM, other: Any, batch: int, new: int, goal: float, repeats: int) -> dict[str, Any]:
-    prompts = [_prompt(llm, 32)] * batch
+    prompts = [prompt_of(llm, 32)] * batch
     params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
-    ours, theirs = _seconds(
+    ours, theirs = seconds(
         repeats, lambda: llm.generate(prompts, params), lambda: _theirs(other, prompts, new)
     )
     what = f"decode, batch {batch}, 32 tokens in, {new} out"
     tokens = batch * new
-    return _figure(what, "transformers", "tokens/s", tokens / ours, tokens / theirs, goal)
+    return figure(what, "transformers", "tokens/s", tokens / ours, tokens / theirs, goal)
 
 
 def _prefill(llm: LLM, other: Any, length: int, goal: float, repeats: int) -> dict[str, Any]:
-    prompt = _prompt(llm, length)
+    prompt = prompt_of(llm, length)
     once = SamplingParams(temperature=0, max_tokens=1)
-    ours, theirs = _seconds(
-        repeats, lambda: llm.generate([prompt], once), lambda: _theirs(other, [prompt], 1)
-    )
+    ours, theirs = seconds(repeats, lambda: llm.generate([prompt], once), lambda: _theirs(other, [prompt], 1))
     what = f"prefill, {length} tokens"
-    return _figure(what, "transformers", "tokens/s", length / ours, length / theirs, goal)
+    return figure(what, "transformers", "tokens/s", length / ours, length / theirs, goal)
 
 
 def _against_stock(llm: LLM, stock: LLM, repeats: int) -> dict[str, Any]:
     batch, new = 64, 32
-    prompts = [_prompt(llm, 32)] * batch
+    prompts = [prompt_of(llm, 32)] * batch
     params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
-    ours, theirs = _seconds(
+    ours, theirs = seconds(
         repeats, lambda: llm.generate(prompts, params), lambda: stock.generate(prompts, params)
     )
     what = f"batch {batch}, 32 tokens in, {new} out"
     tokens = batch * new
-    return _figure(what, "stock kernels, same engine", "tokens/s", tokens / ours, tokens / theirs, 1.0)
+    return figure(what, "stock kernels, same engine", "tokens/s", tokens / ours, tokens / theirs, 1.0)
 
 
 _PEAK = """
@@ -244,4 +245,4 @@ def _memory(model: Path) -> dict[str, Any]:
     allowed = 1.5 * weight_bytes(checkpoint.config) + _KV_BYTES
     checkpoint.close()
     what = "peak memory, allowed (1.5 x weights + KV cache) over used"
-    return _figure(what, "the allowance", "MB", peak / 1e6, allowed / 1e6, 1.0) | {"ratio": allowed / peak}
+    return figure(what, "the allowance", "MB", peak / 1e6, allowed / 1e6, 1.0) | {"ratio": allowed / peak}

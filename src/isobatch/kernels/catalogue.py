@@ -8,6 +8,7 @@ from isobatch.kernels.attention.record import ATTENTION
 from isobatch.kernels.embedding.record import EMBEDDING
 from isobatch.kernels.linear.record import LINEAR
 from isobatch.kernels.log_probs.record import LOG_SOFTMAX, TOP_LOG_PROBS
+from isobatch.kernels.moe.record import MOE
 from isobatch.kernels.registry import OpRecord
 from isobatch.kernels.rms_norm.record import RMS_NORM
 from isobatch.kernels.rotary.record import ROTARY
@@ -22,6 +23,7 @@ RECORDS: dict[str, OpRecord] = {
         ROTARY,
         ATTENTION,
         SILU_AND_MUL,
+        MOE,
         LOG_SOFTMAX,
         TOP_LOG_PROBS,
         PENALIZE,

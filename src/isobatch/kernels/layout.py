@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +33,21 @@ class WeightType(Protocol):
         """A weight of this size, to be filled by `put`; it may keep the coding, or widen what it is given."""
 
 
+class Stack(Protocol):
+    """The matrices of a layer's experts, all of one size."""
+
+    @property
+    def weights(self) -> Sequence[Weight]:
+        """Each expert's, to be filled by `Weight.put`."""
+
+
+class StackType(Protocol):
+    """Makes an empty stack."""
+
+    def empty(self, outputs: int, inputs: int, codings: Sequence[Coding]) -> Stack:
+        """A stack of matrices [outputs, inputs], one for each of these codings."""
+
+
 class Cache(Protocol):
     """Keys and values of one layer, in blocks of 16 tokens."""
 
@@ -45,15 +61,17 @@ class CacheType(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The two layouts that a family of kernels shares.
+    """The layouts that a family of kernels shares.
 
     Args:
         weight: for linear and embedding.
         cache: for attention.
+        stack: for experts.
     """
 
     weight: WeightType
     cache: CacheType
+    stack: StackType
 
 
 @dataclass(frozen=True, slots=True)

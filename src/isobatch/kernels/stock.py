@@ -5,6 +5,7 @@ Nothing here is certified and nothing here carries a fingerprint.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,8 +36,26 @@ class DenseWeight:
         return cls(torch.empty(outputs, inputs, dtype=torch.float32, device="cpu"))
 
     def put(self, start: int, rows: CodedRows) -> None:
-        """Stores rows [start, start + len(rows)), widened."""
-        self.dense[start : start + len(rows)] = rows.floats()
+        """Stores rows [start, start + len(rows)), rounded to this weight's dtype where it is narrower."""
+        # Codes without scales are numbers. They go as they are, perhaps to another device in half the bytes.
+        self.dense[start : start + len(rows)] = rows.codes if rows.scales is None else rows.floats()
+
+
+@dataclass(frozen=True, slots=True)
+class DenseStack:
+    """Matrices of experts side by side: [E, N, K], contiguous."""
+
+    dense: torch.Tensor
+
+    @property
+    def weights(self) -> list[DenseWeight]:
+        """Views of each."""
+        return [DenseWeight(matrix) for matrix in self.dense]
+
+    @classmethod
+    def empty(cls, outputs: int, inputs: int, codings: Sequence[Coding]) -> DenseStack:
+        """Uninitialised, float32."""
+        return cls(torch.empty(len(codings), outputs, inputs, dtype=torch.float32, device="cpu"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,4 +72,4 @@ class DenseCache:
         return cls(*(torch.zeros(shape, dtype=torch.float32, device="cpu") for _ in "kv"))
 
 
-STOCK = Layout(weight=DenseWeight, cache=DenseCache)
+STOCK = Layout(weight=DenseWeight, cache=DenseCache, stack=DenseStack)

@@ -10,7 +10,7 @@ import torch
 from isobatch.bits import bits_equal
 from isobatch.errors import CheckpointError
 from isobatch.kernels.coding import CodedRows, Coding
-from isobatch.models.config import ModelConfig
+from isobatch.models.config import ModelConfig, MoeConfig
 from isobatch.models.gguf import GgufCheckpoint
 from isobatch.models.huggingface import HuggingFaceCheckpoint
 from isobatch.models.locate import locate
@@ -138,7 +138,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     Returns:
         Name to shape, in the order of use. Without lm_head.weight if the embedding stands in for it.
     """
-    hidden, inner, head = config.hidden_size, config.intermediate_size, config.head_size
+    hidden, head = config.hidden_size, config.head_size
     queries, keys = config.num_heads * head, config.num_kv_heads * head
     layer: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
     for projection, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
@@ -151,15 +151,30 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if config.output_bias:
         layer["self_attn.o_proj.bias"] = (hidden,)
     layer["post_attention_layernorm.weight"] = (hidden,)
-    layer["mlp.gate_proj.weight"] = layer["mlp.up_proj.weight"] = (inner, hidden)
-    layer["mlp.down_proj.weight"] = (hidden, inner)
 
     tensors: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
     for index in range(config.num_layers):
-        tensors.update({f"model.layers.{index}.{name}": shape for name, shape in layer.items()})
+        parts = layer | _mlp_tensors(config, config.experts_of(index))
+        tensors.update({f"model.layers.{index}.{name}": shape for name, shape in parts.items()})
     tensors["model.norm.weight"] = (hidden,)
     if not config.tie_embeddings:
         tensors[OUTPUT] = (config.vocab_size, hidden)
+    return tensors
+
+
+def _mlp_tensors(config: ModelConfig, moe: MoeConfig | None) -> dict[str, tuple[int, ...]]:
+    """Those of an MLP, or of a mixture of experts."""
+
+    def mlp(prefix: str, inner: int) -> dict[str, tuple[int, ...]]:
+        shapes = {"gate": (inner, config.hidden_size), "up": (inner, config.hidden_size)}
+        shapes["down"] = (config.hidden_size, inner)
+        return {f"{prefix}.{name}_proj.weight": shape for name, shape in shapes.items()}
+
+    if moe is None:
+        return mlp("mlp", config.intermediate_size)
+    tensors: dict[str, tuple[int, ...]] = {"mlp.gate.weight": (moe.experts, config.hidden_size)}
+    for expert in range(moe.experts):
+        tensors |= mlp(f"mlp.experts.{expert}", moe.inner)
     return tensors
 
 

@@ -13,9 +13,16 @@ from typing import Literal, cast
 from isobatch.errors import CheckpointError, UnsupportedModelError
 from isobatch.models.fields import Fields
 
-Architecture = Literal["llama", "qwen2", "qwen3"]
+Architecture = Literal["llama", "qwen2", "qwen3", "qwen3_moe"]
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+QK_NORMED = ("qwen3", "qwen3_moe")
+"""Architectures whose queries and keys are normalised."""
 _ROPE_KINDS = ("default", "linear", "llama3")
 _ROPE_KEYS = {
     "rope_type",
@@ -28,7 +35,7 @@ _ROPE_KEYS = {
     "original_max_position_embeddings",
 }
 _LARGEST = 2**31 - 1
-_MOST_LAYERS = 10_000
+_MOST_LAYERS, _MOST_EXPERTS = 10_000, 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,11 +77,42 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MoeConfig:
+    """The mixture of experts in place of an MLP.
+
+    Args:
+        experts: experts of a layer.
+        active: experts per token.
+        inner: width of one expert.
+        renormalise: whether a token's weights are shares of its chosen experts; otherwise of all.
+        dense_layers: the layers that have an MLP instead.
+
+    Raises:
+        CheckpointError: a number out of its range.
+    """
+
+    experts: int
+    active: int
+    inner: int
+    renormalise: bool
+    dense_layers: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        for name, most in (("experts", _MOST_EXPERTS), ("active", self.experts), ("inner", _LARGEST)):
+            _require(
+                0 < getattr(self, name) <= most,
+                f"{name} of a mixture",
+                f"from 1 to {most}",
+                getattr(self, name),
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """A decoder of the Llama family: RMS norm, rotary positions, grouped-query attention, SwiGLU.
 
     Args:
-        architecture: "llama", "qwen2" or "qwen3".
+        architecture: "llama", "qwen2", "qwen3" or "qwen3_moe".
         vocab_size: rows of the embedding.
         hidden_size: width of the residual stream.
         intermediate_size: width of the gated MLP.
@@ -91,6 +129,7 @@ class ModelConfig:
         qk_norm: whether queries and keys pass an RMS norm per head (Qwen3).
         bos_token_id: the token that begins a text, or None.
         eos_token_ids: the tokens that end a reply; possibly none.
+        moe: the mixture of experts that most layers have, or None where all have an MLP.
 
     Raises:
         CheckpointError: a number out of its range, or two that do not fit each other.
@@ -113,6 +152,7 @@ class ModelConfig:
     qk_norm: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    moe: MoeConfig | None = None
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
@@ -139,6 +179,10 @@ class ModelConfig:
             _require(
                 0 <= token < self.vocab_size, "a bos or eos token id", f"less than {self.vocab_size}", token
             )
+
+    def experts_of(self, layer: int) -> MoeConfig | None:
+        """The mixture of experts of a layer, None where it has an MLP."""
+        return None if self.moe is None or layer in self.moe.dense_layers else self.moe
 
 
 def config_from_huggingface(
@@ -182,7 +226,8 @@ def config_from_huggingface(
         tie_embeddings=fields.get("tie_word_embeddings", bool, False),
         attention_bias=biased or architecture == "qwen2",
         output_bias=biased and architecture != "qwen2",
-        qk_norm=architecture == "qwen3",
+        qk_norm=architecture in QK_NORMED,
+        moe=_moe(fields) if architecture == "qwen3_moe" else None,
         bos_token_id=None if bos is None else bos.get("bos_token_id", int),
         eos_token_ids=_eos_token_ids(generation) or _eos_token_ids(fields),
     )
@@ -241,6 +286,25 @@ def _refuse_what_we_lack(fields: Fields, architecture: Architecture) -> None:
     for what, refused in refusals.items():
         if refused:
             raise UnsupportedModelError(f"config.json asks for {what}", fix="use another checkpoint")
+
+
+def _moe(fields: Fields) -> MoeConfig:
+    # transformers 5 calls them local experts.
+    name = "num_local_experts" if fields.has("num_local_experts") else "num_experts"
+    count = fields.get(name, int)
+    other = fields.get("num_experts", int, count)
+    _require(other == count, "num_experts", f"the same as num_local_experts, {count}", other)
+    step, layers = fields.get("decoder_sparse_step", int, 1), fields.get("num_hidden_layers", int)
+    _require(step > 0, "decoder_sparse_step", "more than 0", step)
+    dense = set(fields.items("mlp_only_layers", int)) if fields.has("mlp_only_layers") else set()
+    dense |= {layer for layer in range(min(layers, _MOST_LAYERS)) if (layer + 1) % step}
+    return MoeConfig(
+        experts=count,
+        active=fields.get("num_experts_per_tok", int),
+        inner=fields.get("moe_intermediate_size", int),
+        renormalise=fields.get("norm_topk_prob", bool, False),
+        dense_layers=frozenset(dense),
+    )
 
 
 def _rope(fields: Fields) -> RopeConfig:

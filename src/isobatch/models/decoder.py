@@ -1,4 +1,4 @@
-"""The decoder: Llama, Qwen2 and Qwen3 differ only in which parts of a layer are there."""
+"""The decoder: Llama, Qwen2, Qwen3 and Qwen3-MoE differ only in which parts of a layer are there."""
 
 from __future__ import annotations
 

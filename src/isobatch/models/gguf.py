@@ -10,7 +10,7 @@ import torch
 
 from isobatch.errors import CheckpointError, IntegrityError, UnsupportedModelError
 from isobatch.kernels.coding import CodedRows, Coding
-from isobatch.models.config import ModelConfig, RopeConfig, check_architecture
+from isobatch.models.config import QK_NORMED, ModelConfig, MoeConfig, RopeConfig, check_architecture
 from isobatch.models.fields import Fields
 from isobatch.models.gguf_blocks import coding_of
 from isobatch.models.gguf_format import GgufFile
@@ -29,7 +29,12 @@ _IN_LAYER = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
 }
+# All experts of a layer in one tensor.
+_STACKED = re.compile(r"blk\.(0|[1-9]\d*)\.ffn_(gate|up|down)_exps\.weight")
+# Where llama.cpp has another name than Hugging Face.
+_ARCHITECTURES = {"qwen3moe": "qwen3_moe"}
 _PERMUTED = re.compile(r"self_attn\.[qk]_proj\.")
 # Every key under the architecture's name that we honour, or that changes no number. Any other one is refused.
 _KEYS = {
@@ -50,6 +55,8 @@ _KEYS = {
     "rope.scaling.original_context_length",
     "rope.scaling.finetuned",
 }
+_EXPERT_KEYS = {"expert_count", "expert_used_count", "expert_feed_forward_length", "expert_weights_norm"}
+_STACK_DIMENSIONS = 3
 _END_TOKENS = tuple(f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom"))
 
 
@@ -68,7 +75,7 @@ class GgufCheckpoint:
         self.path = path
         self._file = GgufFile(path)
         self.config = _config(self._file)
-        self._stored = {_canonical(name): name for name in self._file.tensors if name != _DIVISORS}
+        self._stored = _stored(self._file)
 
     def names(self) -> frozenset[str]:
         """The names of all tensors."""
@@ -133,6 +140,20 @@ def _order(start: int, stop: int, head: int) -> torch.Tensor:
     return row - place + place % (head // 2) * 2 + place // (head // 2)
 
 
+def _stored(file: GgufFile) -> dict[str, str]:
+    """Hugging Face's name for each tensor, with the file's own; experts one by one."""
+    stored = {}
+    for name in list(file.tensors):
+        stacked = _STACKED.fullmatch(name)
+        if stacked is not None and len(file.tensors[name].shape) == _STACK_DIMENSIONS:
+            prefix = f"model.layers.{stacked[1]}.mlp.experts"
+            for expert, each in enumerate(file.unstack(name)):
+                stored[f"{prefix}.{expert}.{stacked[2]}_proj.weight"] = each
+        elif name != _DIVISORS:
+            stored[_canonical(name)] = name
+    return stored
+
+
 def _canonical(name: str) -> str:
     """Hugging Face's name for a tensor. An unknown one keeps its own, for check_tensors to report."""
     stem, _, kind = name.rpartition(".")
@@ -147,10 +168,12 @@ def _canonical(name: str) -> str:
 def _config(file: GgufFile) -> ModelConfig:
     source = str(file.path)
     everything = Fields(file.metadata, source)
-    architecture = check_architecture(everything.get("general.architecture", str), source)
-    prefix = f"{architecture}."
+    family = everything.get("general.architecture", str)
+    architecture = check_architecture(_ARCHITECTURES.get(family, family), source)
+    prefix = f"{family}."
     own = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
-    if surplus := sorted(set(own) - _KEYS):
+    moe = architecture == "qwen3_moe"
+    if surplus := sorted(set(own) - _KEYS - (_EXPERT_KEYS if moe else set())):
         raise UnsupportedModelError(f"{source} has settings that we do not know: {', '.join(surplus)}")
     fields = Fields(own, f"{source} {architecture}")
     if f"{_EMBEDDING}.weight" not in file.tensors:
@@ -179,9 +202,20 @@ def _config(file: GgufFile) -> ModelConfig:
         tie_embeddings=f"{_OUTPUT}.weight" not in file.tensors,
         attention_bias="blk.0.attn_q.bias" in file.tensors,
         output_bias="blk.0.attn_output.bias" in file.tensors,
-        qk_norm=architecture == "qwen3",
+        qk_norm=architecture in QK_NORMED,
+        moe=_moe(fields) if moe else None,
         bos_token_id=everything.get(bos, int) if everything.has(bos) else None,
         eos_token_ids=tuple(dict.fromkeys(ends)),
+    )
+
+
+def _moe(fields: Fields) -> MoeConfig:
+    return MoeConfig(
+        experts=fields.get("expert_count", int),
+        active=fields.get("expert_used_count", int),
+        inner=fields.get("expert_feed_forward_length", int),
+        # llama.cpp renormalises Qwen3's weights whether or not the file says so.
+        renormalise=fields.get("expert_weights_norm", bool, True),
     )
 
 

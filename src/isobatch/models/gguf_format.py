@@ -99,6 +99,25 @@ class GgufFile:
         tensor = self.tensors[name]
         return self._read(tensor, tensor.offset, tensor.size, tensor.shape).floats().numpy()
 
+    def unstack(self, name: str) -> list[str]:
+        """Adds the matrices of a stack to the tensors, each under a name of its own.
+
+        Args:
+            name: a tensor of three dimensions.
+
+        Returns:
+            Those names, in order.
+        """
+        stack = self.tensors[name]
+        count, *shape = stack.shape
+        size = stack.size // count  # a row is whole blocks, so a matrix is as well
+        names = [f"{name}[{index}]" for index in range(count)]
+        for index, each in enumerate(names):
+            self.tensors[each] = GgufTensor(
+                stack.quantisation, tuple(shape), stack.offset + index * size, size
+            )
+        return names
+
     def close(self) -> None:
         """Forget the tensors. No file is held open: each read opens it anew."""
         self.tensors = {}

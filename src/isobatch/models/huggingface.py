@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from isobatch.errors import CheckpointError, IntegrityError, UnsupportedModelError
 from isobatch.kernels.coding import BF16, F16, F32, CodedRows, Coding
-from isobatch.models.config import config_from_huggingface
+from isobatch.models.config import ModelConfig, config_from_huggingface
 from isobatch.models.fields import Fields, read_json
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -31,7 +31,7 @@ class HuggingFaceCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = config_from_huggingface(_config_json(path), _generation_config_json(path))
+        self.config = read_config(path)
         with ExitStack() as stack:
             self._owners = _open_shards(path, stack)
             self._shapes = {name: _shape(path, name, file) for name, file in self._owners.items()}
@@ -71,6 +71,19 @@ class HuggingFaceCheckpoint:
         self._owners.clear()
         self._shapes.clear()
         self._open_files.close()
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The model that a folder describes, with or without weights in it.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        UnsupportedModelError: a model that we do not have.
+        CheckpointError: no config.json, or one that makes no sense.
+    """
+    return config_from_huggingface(_config_json(path), _generation_config_json(path))
 
 
 def _config_json(path: Path) -> dict[str, object]:

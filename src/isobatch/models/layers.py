@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from isobatch.kernels.layout import Cache, Weight
+from isobatch.kernels.layout import Cache, Stack, Weight
+from isobatch.kernels.moe.experts import Experts
 from isobatch.models.inputs import Batch
 from isobatch.ops import Ops
 
@@ -101,10 +102,21 @@ class MLP:
 
 
 @dataclass(frozen=True, slots=True)
+class SparseMLP:
+    """The sum of a few of many MLPs, which a router chooses for each token."""
+
+    experts: Experts[Weight, Stack]
+
+    def __call__(self, ops: Ops, x: torch.Tensor) -> torch.Tensor:
+        """x, [T, hidden], transformed."""
+        return ops.moe(x, self.experts)
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
     """One decoder layer, pre-norm."""
 
     attention_norm: Norm
     attention: Attention
     mlp_norm: Norm
-    mlp: MLP
+    mlp: MLP | SparseMLP

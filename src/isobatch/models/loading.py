@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -10,19 +10,20 @@ import torch
 
 from isobatch.errors import UnsupportedModelError
 from isobatch.kernels.coding import F32, Coding
-from isobatch.kernels.layout import PAGE, Weight
+from isobatch.kernels.layout import PAGE, Stack, Weight
+from isobatch.kernels.moe.experts import Experts
 from isobatch.kernels.rotary.table import Llama3Scaling, inverse_frequencies, rotary_table, scale_llama3
 from isobatch.models.checkpoint import Checkpoint, expected_tensors
-from isobatch.models.config import ModelConfig
+from isobatch.models.config import ModelConfig, MoeConfig
 from isobatch.models.decoder import Decoder
-from isobatch.models.layers import MLP, Attention, Layer, Norm, Rotary
+from isobatch.models.layers import MLP, Attention, Layer, Norm, Rotary, SparseMLP
 from isobatch.ops import Ops
 
 # Rows of a matrix converted at a time: bounds what loading needs on top of the weights themselves.
 _ROWS_AT_A_TIME = 4096
 # Tensors that one weight holds, one below the other.
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+_GATE_UP = ("gate_proj", "up_proj")  # of an MLP or of an expert
 
 Progress = Callable[[int, int], None]
 """Called with (layers loaded, layers in all)."""
@@ -53,7 +54,7 @@ def load_decoder(checkpoint: Checkpoint, ops: Ops, progress: Progress = lambda _
     embedding = _matrix(checkpoint, ops, "model.embed_tokens.weight")
     layers = []
     for i in range(config.num_layers):
-        layers.append(_layer(checkpoint, ops, f"model.layers.{i}."))
+        layers.append(_layer(checkpoint, ops, f"model.layers.{i}.", config.experts_of(i)))
         progress(i + 1, config.num_layers)
     output = embedding if config.tie_embeddings else _matrix(checkpoint, ops, "lm_head.weight")
     final_norm = Norm(ops.parameter(checkpoint.read("model.norm.weight")), config.rms_norm_eps)
@@ -109,18 +110,36 @@ def _coding(checkpoint: Checkpoint, *names: str) -> Coding:
 
 def _matrix(checkpoint: Checkpoint, ops: Ops, *names: str) -> Weight:
     """One weight from the rows of several tensors, one below the other."""
+    weight = ops.weight(*_size(checkpoint, names), _coding(checkpoint, *names))
+    _fill(weight, checkpoint, names)
+    return weight
+
+
+def _stack(checkpoint: Checkpoint, ops: Ops, matrices: Sequence[Sequence[str]]) -> Stack:
+    """Experts' weights, each from the rows of several tensors."""
+    codings = [_coding(checkpoint, *names) for names in matrices]
+    stack = ops.stack(*_size(checkpoint, matrices[0]), codings)
+    for weight, names in zip(stack.weights, matrices, strict=True):
+        _fill(weight, checkpoint, names)
+    return stack
+
+
+def _size(checkpoint: Checkpoint, names: Sequence[str]) -> tuple[int, int]:
+    shapes = [checkpoint.shape(name) for name in names]
+    return sum(rows for rows, _ in shapes), shapes[0][1]
+
+
+def _fill(weight: Weight, checkpoint: Checkpoint, names: Sequence[str]) -> None:
     heights = [checkpoint.shape(name)[0] for name in names]
-    weight = ops.weight(sum(heights), checkpoint.shape(names[0])[1], _coding(checkpoint, *names))
     at = 0
     for name, height in zip(names, heights, strict=True):
         for start in range(0, height, _ROWS_AT_A_TIME):
             stop = min(start + _ROWS_AT_A_TIME, height)
             weight.put(at + start, checkpoint.rows(name, start, stop))
         at += height
-    return weight
 
 
-def _layer(checkpoint: Checkpoint, ops: Ops, prefix: str) -> Layer:
+def _layer(checkpoint: Checkpoint, ops: Ops, prefix: str, moe: MoeConfig | None) -> Layer:
     config = checkpoint.config
 
     def norm(name: str) -> Norm:
@@ -143,5 +162,17 @@ def _layer(checkpoint: Checkpoint, ops: Ops, prefix: str) -> Layer:
         kv_heads=config.num_kv_heads,
         head_size=config.head_size,
     )
-    mlp = MLP(matrix(*_GATE_UP), matrix("mlp.down_proj"))
+    if moe is None:
+        mlp: MLP | SparseMLP = MLP(matrix(*(f"mlp.{part}" for part in _GATE_UP)), matrix("mlp.down_proj"))
+    else:
+        mlp = SparseMLP(_experts(checkpoint, ops, f"{prefix}mlp", moe))
     return Layer(norm("input_layernorm"), attention, norm("post_attention_layernorm"), mlp)
+
+
+def _experts(checkpoint: Checkpoint, ops: Ops, prefix: str, moe: MoeConfig) -> Experts[Weight, Stack]:
+    def stack(*parts: str) -> Stack:
+        experts = [f"{prefix}.experts.{expert}" for expert in range(moe.experts)]
+        return _stack(checkpoint, ops, [[f"{one}.{part}.weight" for part in parts] for one in experts])
+
+    router = _matrix(checkpoint, ops, f"{prefix}.gate.weight")
+    return Experts(router, stack(*_GATE_UP), stack("down_proj"), moe.active, moe.renormalise)

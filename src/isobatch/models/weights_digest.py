@@ -108,7 +108,7 @@ class Witness:
                 for (name, part), running in self._hashes.items()
             },
         }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=sorted).encode()).hexdigest()
 
     def _coding(self, name: str) -> tuple[int, int]:
         coding = self.coding(name)

@@ -85,6 +85,10 @@ def numerics_class_of(architecture: str, dtype: str, digests: Mapping[str, str])
     return "num-" + _short_digest(content)
 
 
+NO_TOKENIZER = "0" * 64
+"""Stands for the digest where a model has no tokenizer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """All that a reply depends on besides its request: equal ones promise equal replies to equal requests.
@@ -92,7 +96,7 @@ class Identity:
     Args:
         numerics: the name of the numerics class.
         weights: the digest of weights and configuration, 64 hexadecimal digits.
-        tokenizer: the digest of tokenizer and chat template, 64 hexadecimal digits.
+        tokenizer: the digest of tokenizer and chat template, 64 hexadecimal digits, or NO_TOKENIZER.
         version: of isobatch, whose code is what lies between the ops.
     """
 

@@ -17,12 +17,15 @@ from isobatch.kernels.gpu.catalogue import GPU_RECORDS
 from isobatch.kernels.gpu.data import SHORT
 from isobatch.kernels.gpu.device import INTERPRETED, architecture, device, dtypes
 from isobatch.kernels.gpu.layout import gpu_layout
+from isobatch.kernels.gpu.random_weights import random_weights
 from isobatch.kernels.layout import PagedRows
 from isobatch.kernels.linear.gpu import Linear
 from isobatch.kernels.qkv.triton import qk_norm_rotary_write
 from isobatch.kernels.sampling.triton import sample
 from isobatch.ops.fingerprint import computed_digests, numerics_class_of
 from isobatch.ops.queued import QueuedOps
+
+__all__ = ["GpuOps", "device", "gpu_numerics_class", "random_weights"]
 
 
 class GpuOps(QueuedOps):

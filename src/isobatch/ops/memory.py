@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from isobatch.errors import ShapeError
 from isobatch.kernels.coding import Coding
-from isobatch.kernels.layout import PAGE, Cache, Layout, PagedRows, Weight
+from isobatch.kernels.layout import PAGE, Cache, Layout, PagedRows, Stack, Weight
 
 CPU_DEVICE = torch.device("cpu")
 
@@ -34,6 +34,14 @@ class Memory:
         Stock kernels have it widened; ours keep it in its coding, which changes no bit.
         """
         return self._layout.weight.empty(outputs, inputs, coding)
+
+    def stack(self, outputs: int, inputs: int, codings: Sequence[Coding]) -> Stack:
+        """Empty matrices [outputs, inputs] of a layer's experts, one for each coding, likewise.
+
+        Raises:
+            UnsupportedOpError: no kernel for experts of these widths.
+        """
+        return self._layout.stack.empty(outputs, inputs, codings)
 
     def parameter(self, tensor: torch.Tensor) -> torch.Tensor:
         """A vector of a checkpoint, such as a norm's weight or a bias, as these kernels want it."""

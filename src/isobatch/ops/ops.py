@@ -7,62 +7,21 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import torch
 
 from isobatch.errors import ShapeError
-from isobatch.kernels.layout import Cache, Layout, PagedRows, Weight
+from isobatch.kernels.layout import Cache, PagedRows, Stack, Weight
 from isobatch.kernels.log_probs.cpu import TopLogProbs
+from isobatch.kernels.moe.experts import Experts
 from isobatch.kernels.sampling.cpu import PenaltyRows, SamplingRows
 from isobatch.ops import check
-from isobatch.ops.memory import CPU_DEVICE, Memory
-
-Observer = Callable[[str, Mapping[str, Any], Any], None]
-"""Called after each op with its name, its arguments by name and its result. It must change none of them."""
+from isobatch.ops.calls import Calls
 
 
-class Ops(Memory):
-    """Every number above this row comes from here.
-
-    Args:
-        name: "isobatch" or "stock".
-        table: the function of each op.
-        layout: how those functions want weights and caches.
-        dtype: of weights and activations.
-        device: of all tensors.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        table: Mapping[str, Callable[..., Any]],
-        layout: Layout,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device = CPU_DEVICE,
-    ) -> None:
-        super().__init__(layout, dtype, device)
-        self.name = name
-        self._check = check.Check(dtype, device.type)
-        self._table = dict(table)
-        self._observers: list[Observer] = []
-
-    @contextmanager
-    def observed(self, observer: Observer) -> Iterator[None]:
-        """Shows every call to `observer` inside the block."""
-        self._observers.append(observer)
-        try:
-            yield
-        finally:
-            self._observers.remove(observer)
-
-    def _run(self, op: str, **arguments: Any) -> Any:
-        result = self._table[op](**arguments)
-        for observer in self._observers:
-            observer(op, arguments, result)
-        return result
+class Ops(Calls):
+    """Every number above this row comes from here. Made of a table and a layout; see `Calls`."""
 
     def embedding(self, token_ids: torch.Tensor, weight: Weight) -> torch.Tensor:
         """Rows of a weight.
@@ -196,6 +155,26 @@ class Ops(Memory):
         if gate_up.shape[1] % 2:
             raise ShapeError("silu_and_mul: wrong width", expected="an even number", got=gate_up.shape[1])
         return cast(torch.Tensor, self._run("silu_and_mul", gate_up=gate_up))
+
+    def moe(self, x: torch.Tensor, experts: Experts[Weight, Stack]) -> torch.Tensor:
+        """A mixture of experts: the router, each token's experts, and the sum of their results.
+
+        Args:
+            x: float32 [T, K], any strides.
+            experts: of the layer.
+
+        Returns:
+            float32 [T, K].
+
+        Raises:
+            ShapeError, UnsupportedOpError: an argument of the wrong shape, dtype or device.
+
+        Determinism:
+            Row t depends on x[t] and the weights alone: not on which experts the other rows go to, or how
+            many rows an expert gets (kernels/moe/cpu.py).
+        """
+        self._check.floats("moe", "x", x, None, experts.router.inputs)
+        return cast(torch.Tensor, self._run("moe", x=x, experts=experts))
 
     def write_kv(self, key: torch.Tensor, value: torch.Tensor, cache: Cache, rows: PagedRows) -> None:
         """Stores keys and values in their slots.

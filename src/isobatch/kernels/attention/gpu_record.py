@@ -24,9 +24,9 @@ from isobatch.kernels.gpu.data import case_variants, split_variant
 from isobatch.kernels.gpu.device import INTERPRETED, device
 from isobatch.kernels.layout import PAGE, Layout, PagedRows
 from isobatch.kernels.registry import Member, OpRecord, Outputs, Reordering
-from isobatch.kernels.stock import STOCK, DenseCache, DenseWeight
+from isobatch.kernels.stock import STOCK, DenseCache, DenseStack, DenseWeight
 
-GPU_ATTENTION = Layout(weight=DenseWeight, cache=GpuKVCache)
+GPU_ATTENTION = Layout(weight=DenseWeight, cache=GpuKVCache, stack=DenseStack)
 _SHAPES = (
     {"grouped": (2, 1, 16)}
     if INTERPRETED

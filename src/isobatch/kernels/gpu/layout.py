@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from isobatch.errors import UnsupportedOpError
 from isobatch.kernels.attention.gpu_rows import GpuKVCache
 from isobatch.kernels.coding import Coding
 from isobatch.kernels.gpu.device import device
 from isobatch.kernels.layout import Layout
-from isobatch.kernels.stock import DenseWeight
+from isobatch.kernels.moe.triton import WIDTH_MULTIPLE
+from isobatch.kernels.stock import DenseStack, DenseWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +21,28 @@ class _Weights:
     dtype: torch.dtype
 
     def empty(self, outputs: int, inputs: int, _coding: Coding) -> DenseWeight:
-        """[N, K] on the device: rows are widened to float32, then rounded to the dtype, once."""
+        """[N, K] on the device: the numbers of rows are rounded to the dtype, once."""
         return DenseWeight(torch.empty(outputs, inputs, dtype=self.dtype, device=device()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Stacks:
+    dtype: torch.dtype
+
+    def empty(self, outputs: int, inputs: int, codings: Sequence[Coding]) -> DenseStack:
+        """[E, N, K] on the device.
+
+        Raises:
+            UnsupportedOpError: K is not what the grouped products take.
+        """
+        if inputs % WIDTH_MULTIPLE:
+            raise UnsupportedOpError(
+                "no certified kernel for experts of this width",
+                expected=f"a multiple of {WIDTH_MULTIPLE}",
+                got=inputs,
+                fix='use device="cpu"',
+            )
+        return DenseStack(torch.empty(len(codings), outputs, inputs, dtype=self.dtype, device=device()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,5 +55,5 @@ class _Caches:
 
 
 def gpu_layout(dtype: torch.dtype) -> Layout:
-    """Weights [N, K] and paged caches on the device, in bfloat16 or float16."""
-    return Layout(weight=_Weights(dtype), cache=_Caches(dtype))
+    """Weights [N, K], experts' [E, N, K] and paged caches on the device, in bfloat16 or float16."""
+    return Layout(weight=_Weights(dtype), cache=_Caches(dtype), stack=_Stacks(dtype))

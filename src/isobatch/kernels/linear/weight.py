@@ -6,6 +6,7 @@ panels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,6 +117,27 @@ class WidenedWeight:
     def empty(outputs: int, inputs: int, _coding: Coding) -> PackedWeight:
         """A float32 weight, whatever the coding of the rows that it will be given."""
         return PackedWeight.empty(outputs, inputs, F32)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedStack:
+    """Matrices of experts, each packed by itself, so that no panel holds outputs of two."""
+
+    weights: tuple[PackedWeight, ...]
+
+    @classmethod
+    def empty(cls, outputs: int, inputs: int, codings: Sequence[Coding]) -> PackedStack:
+        """A matrix for each coding, to be filled by `PackedWeight.put`."""
+        return cls(tuple(PackedWeight.empty(outputs, inputs, coding) for coding in codings))
+
+
+class WidenedStack:
+    """The same, widened to float32 when they are filled."""
+
+    @staticmethod
+    def empty(outputs: int, inputs: int, codings: Sequence[Coding]) -> PackedStack:
+        """Float32 matrices, whatever the codings."""
+        return PackedStack.empty(outputs, inputs, [F32] * len(codings))
 
 
 def _place(panels: torch.Tensor, start: int, rows: torch.Tensor) -> None:

@@ -4,8 +4,9 @@ Written order. Router: float32, IEEE, on the ordinary units: 256 lanes, lane t a
 k mod 256 == t, ascending, each step a fused multiply-add from zero; the lanes fold in halves (t with t + 128,
 then + 64, ... 1). The chosen experts are the `active` largest logits, ties to the lowest id; NaN ranks as
 infinity. Weights:
-e_i = ex2(round((logit_i - max) * log2(e))); a chosen expert's weight is e_i over the sum of the chosen e's,
-added in ascending expert id. (The softmax over all experts would cancel.)
+e_i = ex2(round((logit_i - max) * log2(e))). Renormalised, a chosen expert's weight is e_i over the sum of the
+chosen e's, added in ascending expert id (the softmax over all experts would cancel); else over the sum of all
+e's, folded in halves like the lanes, zeros making their number a power of two.
 
 Sorting: copies go by expert, and within one by token. Positions are integers, so nothing here is rounded.
 
@@ -65,7 +66,7 @@ def _router_kernel(
 @triton.jit(do_not_specialize=["T"])
 def _choose_kernel(
     logits, experts, weights, ranks, counts, T, E, log2_e,
-    ACTIVE: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
+    ACTIVE: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, RENORMALISE: tl.constexpr,
 ):  # fmt: skip
     """One chunk of tokens: the chosen experts ascending, their weights, and each copy's rank in the chunk."""
     chunk = tl.program_id(0)
@@ -86,14 +87,19 @@ def _choose_kernel(
         free = free & (ids != first[:, None])
     chosen = chosen & inside
     zeros = tl.zeros((CHUNK, EXPERTS), tl.float32)
-    powers = ex2(mul(sub(values, top[:, None] + zeros), log2_e + zeros))
-    powers = tl.where(chosen, powers, 0.0)
+    all_powers = ex2(mul(sub(values, top[:, None] + zeros), log2_e + zeros))
+    powers = tl.where(chosen, all_powers, 0.0)
     taken = chosen.to(tl.int32)
     slot = tl.cumsum(taken, 1) - 1
     total = tl.zeros((CHUNK,), tl.float32)
-    for s in tl.static_range(ACTIVE):
-        # One term and zeros: exact in any order.
-        total = total + tl.sum(tl.where(chosen & (slot == s), powers, 0.0), 1)
+    if RENORMALISE:
+        for s in tl.static_range(ACTIVE):
+            # One term and zeros: exact in any order.
+            total = total + tl.sum(tl.where(chosen & (slot == s), powers, 0.0), 1)
+    else:
+        inside_powers = tl.where(e[None, :] < E, all_powers, 0.0)
+        folded = _folded(tl.reshape(inside_powers, (CHUNK, 1, EXPERTS)), CHUNK, 1, EXPERTS)
+        total = tl.reshape(folded, (CHUNK,))
     total = tl.where(t < T, total, 1.0)
     at = t[:, None] * ACTIVE + slot
     tl.store(experts + at, ids, mask=chosen)
@@ -192,13 +198,14 @@ def router_logits(x: torch.Tensor, router: torch.Tensor, tile: tuple[int, int] |
     return logits
 
 
-def route(logits: torch.Tensor, active: int, tile_rows: int) -> Routing:
+def route(logits: torch.Tensor, active: int, tile_rows: int, *, renormalise: bool = True) -> Routing:
     """Chooses each token's experts and sorts the copies by expert.
 
     Args:
         logits: float32 [T, E].
         active: experts per token.
         tile_rows: rows of a tile of the grouped products to come.
+        renormalise: whether weights are shares of the chosen experts, or of all.
     """
     T, E = logits.shape
     # Tokens are ranked in chunks. Ranks are integers, so the size of a chunk is free.
@@ -215,7 +222,7 @@ def route(logits: torch.Tensor, active: int, tile_rows: int) -> Routing:
     weights = torch.empty(T, active, dtype=torch.float32, device=device())
     _choose_kernel[(chunks,)](
         logits, experts, weights, ranks, counts, T, E, _LOG2_E,
-        ACTIVE=active, EXPERTS=padded, CHUNK=chunk, num_warps=warps,
+        ACTIVE=active, EXPERTS=padded, CHUNK=chunk, RENORMALISE=renormalise, num_warps=warps,
     )  # fmt: skip
     _place_kernel[(chunks,)](
         experts, ranks, counts, rows, tokens, starts, tile_experts, tile_starts, T, chunks,

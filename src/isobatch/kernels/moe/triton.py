@@ -18,25 +18,16 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from isobatch.kernels.gpu.device import INTERPRETED
 from isobatch.kernels.gpu.ptx import ex2, fma, mul
+from isobatch.kernels.moe.experts import Experts
 from isobatch.kernels.moe.routing import Routing, route, router_logits
+from isobatch.kernels.stock import DenseStack, DenseWeight
 
-
-@dataclass(frozen=True, slots=True)
-class Experts:
-    """The weights of a layer's experts.
-
-    Args:
-        router: [E, K].
-        gate_up: [E, 2 I, K], gates above ups.
-        down: [E, K, I].
-        active: experts per token.
-    """
-
-    router: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
-    active: int
+GpuExperts = Experts[DenseWeight, DenseStack]
+"""Weights of the dtype of x, contiguous."""
+WIDTH_MULTIPLE = 64 if INTERPRETED else 128
+"""K and I have to be multiples of it, so that no tile that serves loads beyond a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +143,7 @@ def _combine_kernel(y, weights, rows, out, WIDTH, ACTIVE: tl.constexpr, COLUMNS:
 
 
 def grouped(
-    x: torch.Tensor, experts: Experts, routing: Routing, up: GroupTile, down: GroupTile
+    x: torch.Tensor, experts: GpuExperts, routing: Routing, up: GroupTile, down: GroupTile
 ) -> torch.Tensor:
     """Every copy of every token through its expert.
 
@@ -166,20 +157,22 @@ def grouped(
     Returns:
         [T A, K], rows sorted by expert.
     """
-    E, width, K = experts.gate_up.shape
+    E, width, K = experts.gate_up.dense.shape
     inner, copies, most = width // 2, len(routing.tokens), len(routing.tile_experts)
     h = torch.empty(copies, inner, dtype=x.dtype, device=x.device)
     y = torch.empty(copies, K, dtype=x.dtype, device=x.device)
-    gate_up = TensorDescriptor.from_tensor(experts.gate_up.view(E * width, K), [up.outputs, up.depth])
+    first = experts.gate_up.dense.view(E * width, K)
+    gate_up = TensorDescriptor.from_tensor(first, [up.outputs, up.depth])
     _gate_up_kernel[(most * triton.cdiv(inner, up.outputs),)](
         x, gate_up, h, routing.tokens, routing.ends, routing.tile_experts, routing.tile_rows,
         x.stride(0), inner, K,
         ROWS=up.rows, OUTPUTS=up.outputs, DEPTH=up.depth, WEIGHT_LEFT=up.weight_left,
         num_warps=up.warps, num_stages=up.stages,
     )  # fmt: skip
-    second = TensorDescriptor.from_tensor(experts.down.view(E * K, inner), [down.outputs, down.depth])
+    second = experts.down.dense.view(E * K, inner)
+    down_weight = TensorDescriptor.from_tensor(second, [down.outputs, down.depth])
     _down_kernel[(most * triton.cdiv(K, down.outputs),)](
-        h, second, y, routing.ends, routing.tile_experts, routing.tile_rows, K, inner,
+        h, down_weight, y, routing.ends, routing.tile_experts, routing.tile_rows, K, inner,
         ROWS=down.rows, OUTPUTS=down.outputs, DEPTH=down.depth, WEIGHT_LEFT=down.weight_left,
         num_warps=down.warps, num_stages=down.stages,
     )  # fmt: skip
@@ -198,13 +191,12 @@ def combine(y: torch.Tensor, routing: Routing) -> torch.Tensor:
     return out
 
 
-def moe_tile(x: torch.Tensor, experts: Experts, *, up: GroupTile, down: GroupTile) -> torch.Tensor:
+def moe_tile(x: torch.Tensor, experts: GpuExperts, *, up: GroupTile, down: GroupTile) -> torch.Tensor:
     """The block, from the router to the combination, by two tile shapes.
 
     Args:
         x: bfloat16 or float16 [T, K], rows at any stride.
-        experts: weights of the same dtype, contiguous, rows of whole 16-byte pieces; K and I multiples of the
-            tiles' depth.
+        experts: rows of whole 16-byte pieces; K and I multiples of the tiles' depth.
         up: for the first product.
         down: for the second, with as many rows.
 
@@ -215,7 +207,8 @@ def moe_tile(x: torch.Tensor, experts: Experts, *, up: GroupTile, down: GroupTil
         Row t depends on x[t] and the weights alone.
     """
     x = x if x.stride(1) == 1 else x.contiguous()
-    routing = route(router_logits(x, experts.router), experts.active, up.rows)
+    logits = router_logits(x, experts.router.dense)
+    routing = route(logits, experts.active, up.rows, renormalise=experts.renormalise)
     return combine(grouped(x, experts, routing, up, down), routing)
 
 
@@ -245,8 +238,8 @@ _MANY = TilePair(GroupTile(128, 128, 64, 8, 4), GroupTile(128, 256, 64, 8, 3))
 PAIRS = (*(pair for _, pair in _PAIRS), _MANY)
 
 
-def moe(x: torch.Tensor, experts: Experts) -> torch.Tensor:
+def moe(x: torch.Tensor, experts: GpuExperts) -> torch.Tensor:
     """The block, by the tiles that suit the number of tokens. See `moe_tile`."""
-    copies = len(x) * experts.active / len(experts.router)
+    copies = len(x) * experts.active / experts.router.outputs
     pair = next((pair for most, pair in _PAIRS if copies <= most), _MANY)
     return moe_tile(x, experts, up=pair.up, down=pair.down)
