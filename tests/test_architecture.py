@@ -108,7 +108,7 @@ BAD_DOCUMENTS = [
     (rules.names, "See `Ops.nothing`.", "Ops.nothing"),
     (rules.commands, "Run `make nothing`.", "there is no nothing"),
     (rules.commands, "```sh\n$ make demo nothing A=b  # x\n```", "there is no nothing"),
-    (rules.commands, "Run `isobatch serve`.", "there is no serve"),
+    (rules.commands, "Run `isobatch bake`.", "there is no bake"),
     (rules.commands, "```\npython -m isobatch generate demo --nothing=1\n```", "there is no --nothing"),
     (rules.examples, "```python\nfrom isobatch import Nothing\n```", "there is no Nothing"),
     (rules.examples, "```python\nSamplingParams(nothing=1)\n```", "there is no nothing"),

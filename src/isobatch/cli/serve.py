@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from isobatch.cli.model import MODEL_HELP, add_setting_options, config_from, loa
 from isobatch.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
+    from isobatch.config import EngineConfig
     from isobatch.engine.llm import LLM
 
 _STOCK = "-stock"
@@ -94,8 +96,23 @@ def run(arguments: argparse.Namespace) -> int:
     config = config_from(arguments)
     if arguments.compare_stock and config.kernels == "stock":
         raise ConfigError("--compare-stock beside stock kernels", fix="leave out --kernels stock")
+    if config.load == "random":
+        raise ConfigError("a model with random weights has no tokenizer to serve with", fix="leave out load")
     # Everything that can be wrong without a model is found before one is loaded; so is a busy address.
-    taken = server.listen(arguments.host, arguments.port)
+    with contextlib.closing(server.listen(arguments.host, arguments.port)) as taken:
+        models = _load(arguments, config)
+        server.allow_many_connections()
+        logs.configure()
+        host, port = taken.getsockname()[:2]
+        address = f"[{host}]" if ":" in host else host
+        names = " and ".join(map(repr, models))
+        print(f"isobatch: serving {names} at http://{address}:{port}", file=sys.stderr, flush=True)
+        asyncio.run(server.Server(models, settings, arguments.grace).serve([taken]))
+    return 0
+
+
+def _load(arguments: argparse.Namespace, config: EngineConfig) -> dict[str, LLM]:
+    """The models by their names in requests, ready."""
     name = arguments.served_model_name or _name(arguments.model)
     models = {name: load(arguments.model, config)}
     if arguments.compare_stock:
@@ -105,13 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
         models[f"{name}{_STOCK}"] = load(arguments.model, stock)
     for llm in models.values():
         _warm_up(llm)
-    server.allow_many_connections()
-    logs.configure()
-    host, port = taken.getsockname()[:2]
-    address = f"[{host}]" if ":" in host else host
-    print(f"isobatch: serving {name!r} at http://{address}:{port}", file=sys.stderr, flush=True)
-    asyncio.run(server.Server(models, settings, arguments.grace).serve([taken]))
-    return 0
+    return models
 
 
 def _keys(path: Path | None) -> list[str]:

@@ -30,13 +30,15 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         ConfigError: it cannot be had.
     """
+    if not 0 <= port <= 0xFFFF:  # which the system would take modulo 2**16
+        raise ConfigError(f"cannot listen on port {port}", expected="0 to 65535", got=port)
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with contextlib.closing(socket.socket(family, kind)) as taken:
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             taken.bind(address)
             return taken.dup()
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ConfigError(f"cannot listen on {host}:{port}", got=error, fix="try another --port") from error
 
 
