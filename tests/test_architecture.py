@@ -157,11 +157,14 @@ DOOR = {
     "LLM",
     "Completion",
     "EngineConfig",
+    "Receipt",
     "Reply",
     "SamplingParams",
     "TokenLogProbs",
+    "Verdict",
     "__version__",
     "errors",
+    "receipt_from_json",
 }
 
 

@@ -23,7 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="measure speed against transformers and torch's own kernels; bits are checked first",
         description="Checks the bits, then measures; a red gate prints no number. Needs the extra [bench].",
     )
-    parser.add_argument("target", choices=("cpu", "gpu", "verify"), help="what to measure")
+    parser.add_argument("target", choices=("cpu", "gpu", "serve", "verify"), help="what to measure")
     parser.add_argument("--model", default="demo", help="SmolLM2-135M-Instruct by default; a .gguf file")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side; medians count (default 3)")
     parser.add_argument("--out", type=Path, help=f"results file (default {_RESULTS}/TARGET.json)")
@@ -56,7 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(stderr=True)
     with console.status("checking the bits") as status:
         tell = status.update if console.is_terminal else console.log
-        report = _gpu(arguments.only, tell) if arguments.target == "gpu" else _on_cpu(arguments, tell)
+        on_gpu = arguments.target in ("gpu", "serve")
+        report = _on_gpu(arguments, tell) if on_gpu else _on_cpu(arguments, tell)
     if failures := report.get("failures"):
         for failure in failures:
             console.print(failure, style="red", markup=False)
@@ -65,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _RED_GATE
     path = arguments.out or _RESULTS / f"{'-'.join([arguments.target, *(arguments.only or ())])}.json"
     results.write(path, report)
-    (_print_gpu if arguments.target == "gpu" else _print_cpu)(Console(stderr=arguments.json), report)
+    (_print_gpu if on_gpu else _print_cpu)(Console(stderr=arguments.json), report)
     console.print(f"kept in {path}")
     if arguments.json:
         print(json.dumps(report))
@@ -83,18 +84,23 @@ def _on_cpu(arguments: argparse.Namespace, progress: Callable[[str], None]) -> d
     return {"gate": "green", "figures": target.measure(model, arguments.repeats, progress)}
 
 
-def _gpu(only: list[str] | None, progress: Callable[[str], None]) -> dict[str, Any]:
+def _on_gpu(arguments: argparse.Namespace, progress: Callable[[str], None]) -> dict[str, Any]:
     from isobatch.errors import MissingDependencyError, UnsupportedOpError
 
     try:
-        from isobatch.cli import bench_gpu
+        from isobatch.cli import bench_gpu, bench_serve
         from isobatch.kernels.gpu.device import INTERPRETED, device
     except ImportError as error:
         raise MissingDependencyError("Triton is not installed", fix="pip install isobatch[gpu]") from error
     device()
     if INTERPRETED:
         raise UnsupportedOpError("the interpreter's times say nothing", fix="unset TRITON_INTERPRET")
-    parts = only or list(_SECTIONS)
+    if arguments.target == "serve":
+        engine = bench_serve.make_engine()
+        if failures := bench_serve.gate(engine):
+            return {"failures": failures}
+        return {"gate": "green", **bench_serve.measure(engine, progress)}
+    parts = arguments.only or list(_SECTIONS)
     verdicts = bench_gpu.gate(parts, progress)
     if failures := [str(verdict) for verdict in verdicts if not verdict.member]:
         return {"failures": failures}
