@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint types unit format doctor bench golden clean
+.PHONY: setup demo test lint types unit format doctor serve bench golden clean
 
 demo: $(VENV)/.ready  ## 64 copies of one prompt under changing load -> 1 answer
 	$(BIN)/isobatch demo
@@ -30,6 +30,9 @@ format: $(VENV)/.ready
 
 doctor: $(VENV)/.ready
 	$(BIN)/isobatch doctor
+
+serve: $(VENV)/.ready  ## the demo weights at http://127.0.0.1:8000, torch's kernels beside ours
+	$(BIN)/isobatch serve demo --compare-stock
 
 bench: $(VENV)/.ready
 	$(BIN)/isobatch bench cpu

@@ -59,7 +59,8 @@ def _imports(text: str, modules: frozenset[str]) -> Iterator[tuple[int, PurePosi
 # Rows.
 
 ROWS = dict.fromkeys(("errors", "config", "env", "bits", "_version"), 0)
-ROWS |= {"kernels": 1, "ops": 2, "models": 3, "engine": 4, "audit": 6, "cli": 7, "__init__": 8, "__main__": 8}
+ROWS |= {"kernels": 1, "ops": 2, "models": 3, "engine": 4, "server": 5}
+ROWS |= {"audit": 6, "cli": 7, "__init__": 8, "__main__": 8}
 FOR_EVERYONE = {"errors", "_version"}
 
 
@@ -352,7 +353,10 @@ def _commands() -> dict[str, set[str]]:
     assert table is not None
     options = {}
     for name in re.findall(r'"(\w+)":', table[1]):
-        options[name] = {"--help", *re.findall(r'"(--[a-z-]+)"', SOURCE[f"src/isobatch/cli/{name}.py"])}
+        text = SOURCE[f"src/isobatch/cli/{name}.py"]
+        if "add_setting_options(" in text:
+            text += SOURCE["src/isobatch/cli/model.py"]
+        options[name] = {"--help", *re.findall(r'"(--[a-z-]+)"', text)}
     options["generate"] |= {f"--{field.replace('_', '-')}" for field in _members()["SamplingParams"]}
     return options
 

@@ -209,3 +209,27 @@ def test_switched_off_compiler_is_refused() -> None:
     assert error["type"] == "ConfigError"
     assert "unset NUMBA_DISABLE_JIT" in error["message"]
     assert done.returncode == 2
+
+
+# Memory.
+
+_EVERY_MEMBER_AGAIN_AND_AGAIN = """
+import sys
+from isobatch.bits import digest
+from isobatch.kernels.catalogue import RECORDS
+
+for record in RECORDS.values():
+    for variant in record.variants:
+        case = record.draw(f"memory/{record.name}/{variant}", 37, variant)
+        for member in record.members:
+            if len({digest(*case.call(member)) for _ in range(20)}) > 1:
+                sys.exit(f"{record.name}/{variant}: {member.name} reads memory that is no longer its own")
+"""
+
+
+def test_kernel_keeps_the_memory_that_it_works_in() -> None:
+    """With one allocator for all threads, what a kernel gives back too early is at once another thread's."""
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1", "NUMBA_NUM_THREADS": "3"}
+    command = [sys.executable, "-c", _EVERY_MEMBER_AGAIN_AND_AGAIN]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr

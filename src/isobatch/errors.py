@@ -24,6 +24,10 @@
     ├── ReceiptError(ValueError)           a receipt that is damaged, edited, or of another schema
     ├── IntegrityError(AssertionError)     an internal invariant broke; a bug in isobatch
     ├── OutOfMemoryError(MemoryError)      with the arithmetic
+    ├── ServerError                        the server cannot answer now; the request may be fine
+    │   ├── QueueFullError                 too many are waiting
+    │   ├── DeadlineError(TimeoutError)    not done in time
+    │   └── EngineDownError                it is shutting down, or its engine has failed
     └── MissingDependencyError(ImportError)  names the extra to install
 
 Each message says what was expected, what came, and what to do.
@@ -161,6 +165,22 @@ class IntegrityError(IsobatchError, AssertionError):
 
 class OutOfMemoryError(IsobatchError, MemoryError):
     """Not enough memory; the message carries the arithmetic."""
+
+
+class ServerError(IsobatchError):
+    """The server cannot answer now. The request may be fine, and can be sent again."""
+
+
+class QueueFullError(ServerError):
+    """More requests are waiting than the server was told to keep."""
+
+
+class DeadlineError(ServerError, TimeoutError):
+    """The reply was not done in time, and was given up."""
+
+
+class EngineDownError(ServerError):
+    """The engine behind the server is shutting down, or has failed."""
 
 
 class MissingDependencyError(IsobatchError, ImportError):

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from isobatch._version import __version__
-from isobatch.cli import bench, demo, doctor, generate, tune, verify
+from isobatch.cli import bench, demo, doctor, generate, serve, tune, verify
 from isobatch.cli.parser import Parser
 from isobatch.errors import (
     ConfigError,
@@ -39,6 +39,7 @@ from isobatch.errors import (
 # What takes long to import, torch above all, they import in run, so that --help answers at once.
 _COMMANDS: dict[str, ModuleType] = {
     "generate": generate,
+    "serve": serve,
     "verify": verify,
     "demo": demo,
     "tune": tune,

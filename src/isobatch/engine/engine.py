@@ -230,8 +230,10 @@ class Engine:
         self._torn = False
         return True
 
-    def text_so_far(self, request_id: int) -> tuple[str, ...]:
-        """The text of each completion of a request in flight, for streaming. It may have been begun anew.
+    def transcripts(self, request_id: int) -> tuple[Transcript, ...]:
+        """What each completion of a request in flight has said, for streaming; to be read only.
+
+        They are the engine's own and grow with each step. After an interruption they are others, begun anew.
 
         Raises:
             UnknownRequestError: no such request in flight.
@@ -239,7 +241,7 @@ class Engine:
         self._mend()
         if request_id not in self._requests:
             raise UnknownRequestError(f"no request {request_id} in flight")
-        return tuple(t.text for t in self._requests[request_id].transcripts)
+        return tuple(self._requests[request_id].transcripts)
 
     def step(self, into: dict[int, Reply] | None = None) -> list[Reply]:
         """Runs the model once over whatever the scheduler picked.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -190,9 +190,7 @@ class LLM:
             while True:
                 with self._lock:
                     replies = self._advance({request})
-                    text = replies[request].text if replies else self.engine.text_so_far(request)[0]
-                # A stop string still to come may take back its own beginning.
-                told = text if replies else text[: len(text) - _possible_stop(text, params.stop)]
+                    told = replies[request].text if replies else self.engine.transcripts(request)[0].told
                 # Shorter than before where the engine had to begin the request anew: it says the same again.
                 if told[: len(said)] != said[: len(told)] or (replies and len(told) < len(said)):
                     raise IntegrityError("a reply begun anew came out differently", expected=said, got=told)
@@ -259,9 +257,3 @@ class LLM:
             self.engine.abort(request)
             self._finished.pop(request, None)
             self._abandoned.popleft()  # last, so that an interruption leaves none behind
-
-
-def _possible_stop(text: str, stops: Sequence[str]) -> int:
-    """How many characters at the end of the text could be the beginning of a stop string."""
-    lengths = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
-    return max(lengths, default=0)

@@ -156,6 +156,17 @@ class Tokenizer:
         """
         return b"".join(self._piece(index, skip_special_tokens) for index in ids).decode(errors="replace")
 
+    def token_bytes(self, index: int) -> bytes:
+        """The bytes of one token, a special one's name included.
+
+        Args:
+            index: the token.
+
+        Raises:
+            PromptError: a token that the model does not have.
+        """
+        return self._piece(index, skip_special_tokens=False)
+
     def chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
         """The text of a conversation, by the checkpoint's chat template. See ChatTemplate.render.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from isobatch.engine.output import Completion, TokenLogProbs
 from isobatch.engine.receipt import Receipt, abridged, resolved
-from isobatch.engine.request import FinishReason, Sequence
+from isobatch.engine.request import PENDING, FinishReason, Sequence
 from isobatch.engine.tokenizer import Detokenizer
 from isobatch.errors import IntegrityError
 from isobatch.ops.fingerprint import Identity
@@ -28,6 +28,21 @@ class Transcript:
     log_probs: list[TokenLogProbs] = field(default_factory=list)
     row_digests: list[bytes] = field(default_factory=list)
     stop_reason: str | int | None = None
+
+    @property
+    def known(self) -> int:
+        """How many tokens have come; the sequence may have one more, not seen yet."""
+        ids = self.sequence.output_ids
+        return len(ids) - (ids[-1:] == [PENDING])
+
+    @property
+    def told(self) -> str:
+        """The text without what a stop string still to come might take back."""
+        if self.sequence.finish_reason is not None:
+            return self.text
+        stops, text = self.sequence.params.stop, self.text
+        beginnings = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        return text[: len(text) - max(beginnings, default=0)]
 
     def push(self, token: int, eos_token_ids: Collection[int], token_limit: int) -> FinishReason | None:
         """Takes in the token just appended to the sequence.

@@ -119,8 +119,9 @@ class Kernel:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         # Each form is compiled when it is first called. numba's cache cannot tell the two apart by itself.
+        # Without the GIL, so that other Python threads, such as a server's event loop, run meanwhile.
         with _numba_cache_at(cache_path()):
-            self._on_all = numba.njit(parallel=True, cache=True, error_model="numpy")(function)
+            self._on_all = numba.njit(parallel=True, cache=True, nogil=True, error_model="numpy")(function)
         with _numba_cache_at(cache_path() / "alone"):
             self._alone = numba.njit(cache=True, error_model="numpy")(function)
 

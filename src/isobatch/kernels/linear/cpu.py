@@ -53,12 +53,13 @@ def _multiply_panel(x, panel, y):
                     y[r, j] = sums[r, j] if k == 0 else y[r, j] + sums[r, j]
         return
     scratch = np.empty(0 if panel.form == Form.F32 else _BLOCK * PANEL + LINE // 4, np.float32)
-    widened = (scratch.ctypes.data + LINE - 1) // LINE * LINE  # no vector lies in two lines
     for k in range(0, K, _BLOCK):
         count = min(_BLOCK, K - k)
         block = panel.codes + 4 * k * PANEL
         if panel.form != Form.F32:
-            block = widened
+            # Asked in here, and not before the loop: numba gives memory back after the last use of its array,
+            # and an address is none. No vector lies in two lines.
+            block = (scratch.ctypes.data + LINE - 1) // LINE * LINE
             widen(panel, k, count, block)
             fetch(panel, k + count, _BLOCK)  # after the last block: the next panel's first
         for j in range(0, PANEL, COLUMNS):
