@@ -1,7 +1,7 @@
 """Steps planned before the tokens of the last one are seen: the engine on ops that only pretend to be late.
 
 The CPU's kernels stand in for those of a device with a queue, so that all that chaos can do is cheap to try.
-Logits lie in one buffer that each step overwrites, as those of recorded graphs do.
+Logits lie in one buffer that each step overwrites, as memory is reused behind a queue.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A step of decode launches hundreds of kernels that take microseconds each; queued one by one, the host takes
 longer than the device. Recorded, they are one launch. A recording reads its inputs where they lay when it was
 made. So they lie in buffers that all recordings share, padded to the size of a rung: a padded row has context
-length 0 and no slot, reads nothing, writes nothing, and its logits are dropped.
+length 0 and no slot, reads nothing, writes nothing, and is dropped before the output projection.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class DecodeGraphs:
             patch: writes pending tokens into the token ids, or None.
 
         Returns:
-            Logits, float32 [R, V]; the next step overwrites them.
+            Logits, float32 [R, V]. Their projection is not recorded: each recording would keep its own, and
+            those of a thousand rows take hundreds of megabytes.
         """
         ops, chunks = self._ops, step.chunks
         size = self._rungs[bisect_left(self._rungs, len(chunks))]
@@ -92,9 +93,9 @@ class DecodeGraphs:
         key = size, self._bound(size, max(positions) + 1)
         if key not in self._recorded:
             self._record(*key)
-        replay, logits = self._recorded[key]
+        replay, hidden = self._recorded[key]
         replay()
-        return logits[: len(chunks)]
+        return self._decoder.logits(hidden[: len(chunks)])
 
     def _bound(self, size: int, context: int) -> int:
         """The context that a recording is made for, which covers this one."""
@@ -128,6 +129,6 @@ class DecodeGraphs:
         lengths, places = self._lengths[:size].clone(), slots.clone()
         self._lengths[:size].zero_()
         slots.fill_(_NOWHERE)
-        self._recorded[size, context] = ops.recorded(lambda: self._decoder(batch, self._caches))
+        self._recorded[size, context] = ops.recorded(lambda: self._decoder.hidden(batch, self._caches))
         self._lengths[:size].copy_(lengths)
         slots.copy_(places)

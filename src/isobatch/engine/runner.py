@@ -115,7 +115,7 @@ class Runner:
         return self._read(step, rows, logits)
 
     def _read(self, step: ScheduledStep, rows: tuple[LogitRow, ...], logits: torch.Tensor) -> Flight:
-        """Queues all that is to be known of the logits, which the next step may overwrite."""
+        """Queues all that is to be known of the logits."""
         ops = self._decoder.ops
         sampling = [i for i, row in enumerate(rows) if row.samples]
         tokens = None

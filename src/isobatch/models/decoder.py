@@ -55,6 +55,10 @@ class Decoder:
         Determinism:
             Each row of logits depends on the weights and on its own request's tokens up to its position.
         """
+        return self.logits(self.hidden(batch, caches))
+
+    def hidden(self, batch: Batch, caches: Sequence[Cache]) -> torch.Tensor:
+        """All but the output projection: [S, hidden], normed, for the rows that were asked for."""
         ops = self.ops
         x, residual = ops.embedding(batch.token_ids, self.embedding), None
         for layer, cache in zip(self.layers, caches, strict=True):
@@ -67,4 +71,8 @@ class Decoder:
         # Only rows that sample go further: the output projection is the widest of all.
         x, residual = x[batch.logit_rows], residual[batch.logit_rows] if residual is not None else None
         x, _ = ops.rms_norm(x, self.final_norm.weight, self.final_norm.eps, residual)
-        return ops.logits(x, self.output)
+        return x
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The output projection of what `hidden` gave: float32 [S, V]."""
+        return self.ops.logits(hidden, self.output)
