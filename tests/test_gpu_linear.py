@@ -11,7 +11,6 @@ import torch
 from isobatch.bits import bits_equal
 from isobatch.errors import ConfigError
 from isobatch.kernels.bitclass import certify
-from isobatch.kernels.gpu.catalogue import GPU_RECORDS
 from isobatch.kernels.gpu.device import INTERPRETED, dtypes
 from isobatch.kernels.linear import gpu as serving
 from isobatch.kernels.linear import members
@@ -19,27 +18,15 @@ from isobatch.kernels.linear.gpu import Certificates, Linear
 from isobatch.kernels.linear.gpu_record import case, record_for
 from isobatch.kernels.linear.members import Shape, tile_named
 from isobatch.kernels.linear.triton import linear_plain
-from isobatch.kernels.moe.gpu_record import case as experts_case
 from isobatch.kernels.plan import Plan
 from isobatch.kernels.registry import Member
 from isobatch.kernels.stock import STOCK, DenseWeight
+from tests.gpu_faults import split_by_load
 
 DTYPE = dtypes()[0]
 SMALL = Shape(48, 64, DTYPE, DTYPE) if INTERPRETED else Shape(1024, 4096, DTYPE, DTYPE)
 OWN, LIBRARY = "16x32x32.4.2w", "lt16.0"
 needs_gpu = pytest.mark.skipif(INTERPRETED, reason="no GPU: the library has no interpreter")
-
-
-def split_by_load(x: torch.Tensor, weight: DenseWeight, bias: Any = None, out_dtype: Any = None) -> Any:
-    """What load makes of a GEMM in a server: with few rows, K is split in two, and the parts are added."""
-    if len(x) > 8:
-        return linear_plain(x, weight, bias, out_dtype)
-    half = x.shape[1] // 2
-    parts = [
-        linear_plain(x[:, part], DenseWeight(weight.dense[:, part]), None, torch.float32)
-        for part in (slice(0, half), slice(half, None))
-    ]
-    return (parts[0] + parts[1]).to(out_dtype or x.dtype)
 
 
 def test_a_split_chosen_from_load_is_refused() -> None:
@@ -67,15 +54,6 @@ def test_library_algorithms_that_do_not_split_are_members(biased: bool) -> None:
         if serving.certified(shape, f"lt{rows}.{rank}", rows)
     ]
     assert {16, 256, 8192} == set(admitted)
-
-
-@needs_gpu
-def test_sixty_five_thousand_rows_are_the_rows_alone() -> None:
-    drawn = case(SMALL, "residue", 65_536)
-    x, weight = drawn.per_row["x"], drawn.shared["weight"]
-    together = Linear()(x, weight)
-    for row in (0, 1, 30_001, 65_535):
-        assert bits_equal(together[row : row + 1], linear_plain(x[row : row + 1], weight))
 
 
 def planned(tmp_path: Path, *names: str) -> Linear:
@@ -133,20 +111,3 @@ def test_a_plan_that_names_nothing_we_have_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["16x64x256.4.4wt", "128x128x64.4.5tp1", "16x32x64.1.1"])
 def test_a_tiles_name_says_all_there_is_to_it(name: str) -> None:
     assert tile_named(name).name == name
-
-
-@pytest.mark.parametrize("op", ["linear", "moe"])
-@pytest.mark.parametrize("dtype", dtypes(), ids=str)
-def test_error_is_at_most_twice_torchs_own(op: str, dtype: torch.dtype) -> None:
-    record = GPU_RECORDS[op]
-    shape = Shape(SMALL.outputs, SMALL.inputs, dtype, dtype)
-    drawn = case(shape, "wide", 64) if op == "linear" else experts_case("error", 64, dtype, mirrored=False)
-    (ours,) = drawn.call(record.member(record.production))
-    arguments = {key: value for key, value in {**drawn.per_row, **drawn.shared}.items() if key != "out_dtype"}
-    assert record.reference is not None
-    exact = record.reference(**arguments)
-    # torch's grouped product runs on the GPU only. Without it: the error of rounding the exact result once,
-    # and of four independent roundings for experts (the halves, their product, a result, the sum).
-    theirs = exact.to(dtype) if INTERPRETED else record.stock.function(**arguments)
-    error, torchs = ((y.double() - exact).norm() / exact.norm() for y in (ours, theirs))
-    assert error <= 2 * torchs * (2 if INTERPRETED and op == "moe" else 1)

@@ -79,7 +79,7 @@ def combined_by_arrival(x: torch.Tensor, experts: GpuExperts) -> torch.Tensor:
 
 def test_control_experts_added_by_arrival_are_caught() -> None:
     """On results that cancel, all but a little: elsewhere 16 bits hide most orders of three."""
-    drawn = case("arrival", 40, DTYPE, mirrored=False)
+    drawn = case("arrival", 40, "plain", DTYPE)
     experts: GpuExperts = drawn.shared["experts"]
     first, gate_up = experts.down.dense[:1] * 8, experts.gate_up.dense[:1] * 16
     signs = torch.tensor([1, -1, 2.0**-10], device=device()).repeat(len(experts.down.dense) // 3)
@@ -153,7 +153,7 @@ def test_shares_of_all_experts_keep_the_relations() -> None:
         record,
         variants=(f"shares of all/{short}",),
         thresholds=(4,),
-        draw=lambda name, rows, _variant: case(name, rows, DTYPE, mirrored=True, renormalise=False),
+        draw=lambda name, rows, _variant: case(name, rows, "mirrored", DTYPE, renormalise=False),
     )
     for relation in ("alone_equals_batched", "position_is_free"):
         violation = GPU_RELATIONS[relation](shares, record.member(record.production))

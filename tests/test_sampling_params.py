@@ -22,7 +22,7 @@ FLOATS = [
     "frequency_penalty",
 ]
 INTS = ["top_k", "seed", "n", "max_tokens", "logprobs", "prompt_logprobs"]
-BOOLS = ["ignore_eos", "include_stop_str_in_output"]
+BOOLS = ["ignore_eos", "include_stop_str_in_output", "receipt"]
 
 
 def test_every_parameter_is_covered_here() -> None:

@@ -69,7 +69,10 @@ class Plan:
         return Plan(self.architecture, ops)
 
     def write(self, path: Path) -> None:
-        """Writes the file, a line per key, so that a change of one table is a change of one line."""
+        """Writes the file, a line per key, so that a change of one table is a change of one line.
+
+        The old file stands until the new one is whole: an interruption loses neither.
+        """
         lines = []
         for op, tables in sorted(self.ops.items()):
             rows = [
@@ -78,7 +81,9 @@ class Plan:
             lines.append(f"    {json.dumps(op)}: {{\n" + ",\n".join(rows) + "\n    }")
         text = f'{{\n  "architecture": {json.dumps(self.architecture)},\n  "ops": {{\n'
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + ",\n".join(lines) + "\n  }\n}\n")
+        unfinished = path.with_name(path.name + ".unfinished")
+        unfinished.write_text(text + ",\n".join(lines) + "\n  }\n}\n")
+        unfinished.replace(path)
 
 
 def own_path(architecture: str) -> Path:

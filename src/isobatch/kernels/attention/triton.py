@@ -28,6 +28,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
+from isobatch.kernels.attention.launch import begin, exponent_scale
 from isobatch.kernels.attention.triton_steps import (
     PAGE,
     SPAN,
@@ -40,8 +41,6 @@ from isobatch.kernels.attention.triton_steps import (
     unseen_is_inert,
 )
 from isobatch.kernels.layout import PagedRows
-
-LOG2_E = 1.4426950408889634
 
 
 @triton.jit
@@ -194,11 +193,6 @@ class Tile:
     registers: int | None = None
 
 
-def exponent_scale(scale: float) -> float:
-    """c of the written order; Triton rounds it to float32."""
-    return LOG2_E * scale
-
-
 def attention_tiled(
     q: torch.Tensor,
     cache: GpuKVCache,
@@ -227,8 +221,7 @@ def attention_tiled(
     Determinism:
         A row depends on its query and on its request's keys and values up to its position.
     """
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    chosen = tuple(range(len(rows.queries))) if chosen is None else chosen
+    chosen, out = begin(q, rows, chosen, out)
     _launch(q, cache.k, cache.v, rows, rows.block_tables, scale, tile, chosen, out)
     return out
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
-from isobatch.kernels.attention.triton import exponent_scale
+from isobatch.kernels.attention.launch import begin, exponent_scale, group_shape
 from isobatch.kernels.attention.triton_steps import (
     PAGE,
     SPAN,
@@ -119,14 +119,8 @@ def attention_down(
 ) -> torch.Tensor:
     """Decode: one program per request and key/value head.
 
-    Args:
-        q: bf16 or fp16 [T, H, D], on the device, D contiguous.
-        cache: of the layer, with this step's own keys and values already written.
-        rows: whose queries these are.
-        scale: of the scores, positive.
+    Args: as of `attention_tiled`, but that each of the chosen requests has one query, and
         down: the member.
-        chosen: the requests to serve, which have one query each; all by default.
-        out: where to write, like q and contiguous; made if None.
 
     Returns:
         out; a request whose context length on the device is 0 gets zeros.
@@ -134,18 +128,13 @@ def attention_down(
     Determinism:
         A row depends on its query and on its request's keys and values up to its position.
     """
-    H, D = q.shape[1:]
-    kv_heads = cache.k.shape[1]
-    G = H // kv_heads
-    chosen = tuple(range(len(rows.queries))) if chosen is None else chosen
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    chosen, out = begin(q, rows, chosen, out)
     if chosen:
-        _decode_kernel[(kv_heads, len(chosen))](
+        _decode_kernel[(cache.k.shape[1], len(chosen))](
             q, cache.k, cache.v, out, rows.query_starts, rows.context_lengths, rows.block_tables,
             rows.requests(chosen), exponent_scale(scale), q.stride(0), q.stride(1), out.stride(0),
             rows.block_tables.stride(0),
-            block_stride=cache.k.stride(0), G=G, D=D, WIDTH=triton.next_power_of_2(D), HEADS=max(16,
-            triton.next_power_of_2(G)),
+            **group_shape(q, cache), WIDTH=triton.next_power_of_2(q.shape[2]),
             STAGES=down.stages, num_warps=down.warps, num_stages=down.stages,
         )  # fmt: skip
     return out

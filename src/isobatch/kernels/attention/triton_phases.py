@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
-from isobatch.kernels.attention.triton import exponent_scale
+from isobatch.kernels.attention.launch import begin, exponent_scale, group_shape
 from isobatch.kernels.attention.triton_steps import (
     PAGE,
     SPAN,
@@ -208,14 +208,9 @@ def attention_phases(
 ) -> torch.Tensor:
     """Decode in three phases: requests with one query, of at most 16 heads per key/value head.
 
-    Args:
-        q: bf16 or fp16 [T, H, D], on the device, D contiguous.
-        cache: of the layer, with this step's own keys and values already written.
-        rows: whose queries these are; `contexts` bounds the scratch memory, 6 bytes per head and key.
-        scale: of the scores, positive.
+    Args: as of `attention_tiled`, but that each of the chosen requests has one query, that `rows.contexts`
+        bounds the scratch memory, 6 bytes per head and key, and
         phases: the member.
-        chosen: the requests to serve; all by default.
-        out: where to write, like q and contiguous; made if None.
 
     Returns:
         out; a request whose context length on the device is 0 gets zeros.
@@ -223,16 +218,13 @@ def attention_phases(
     Determinism:
         A row depends on its query and on its request's keys and values up to its position.
     """
-    H, D = q.shape[1:]
-    kv_heads = cache.k.shape[1]
-    G = H // kv_heads
-    chosen = tuple(range(len(rows.queries))) if chosen is None else chosen
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    R = len(chosen)
+    chosen, out = begin(q, rows, chosen, out)
+    R, kv_heads = len(chosen), cache.k.shape[1]
     if not R:
         return out
-    requests = rows.requests(chosen)
-    heads = max(16, triton.next_power_of_2(G))
+    requests, tables = rows.requests(chosen), rows.block_tables
+    shape = group_shape(q, cache)
+    G, D, heads = shape["G"], shape["D"], shape["HEADS"]
     blocks = max(1, -(-max(rows.contexts[r] for r in chosen) // 128))
     size = R * kv_heads * blocks
     scores = torch.empty(size * 128 * G, dtype=torch.float32, device=q.device)
@@ -240,21 +232,19 @@ def attention_phases(
     small = torch.empty(6, size * heads, dtype=torch.float32, device=q.device)
     steps = min(blocks, max(1, -(-4 * multiprocessors() // (R * kv_heads))))
     _scores_kernel[(steps, kv_heads, R)](
-        q, cache.k, scores, small[0], rows.query_starts, rows.context_lengths, rows.block_tables, requests,
-        exponent_scale(scale), q.stride(0), q.stride(1), rows.block_tables.stride(0), blocks,
-        block_stride=cache.k.stride(0), G=G, D=D, WIDTH=triton.next_power_of_2(D), HEADS=heads,
-        STAGES=phases.score_stages,
-        num_warps=4, num_stages=phases.score_stages,
+        q, cache.k, scores, small[0], rows.query_starts, rows.context_lengths, tables, requests,
+        exponent_scale(scale), q.stride(0), q.stride(1), tables.stride(0), blocks,
+        **shape, WIDTH=triton.next_power_of_2(D),
+        STAGES=phases.score_stages, num_warps=4, num_stages=phases.score_stages,
     )  # fmt: skip
     _weights_kernel[(-(-blocks // phases.run), kv_heads, R)](
         scores, small[0], weights, small[1], small[2:], rows.context_lengths, requests, blocks,
         G=G, HEADS=heads, RUN=phases.run, LOOK=128, num_warps=1,
     )  # fmt: skip
     _chain_kernel[(-(-D // phases.columns), kv_heads, R)](
-        weights, small[1], small[2:], cache.v, out, rows.query_starts, rows.context_lengths,
-        rows.block_tables,
-        requests, out.stride(0), rows.block_tables.stride(0), blocks,
-        block_stride=cache.k.stride(0), G=G, D=D, HEADS=heads, SLICE=phases.columns, STAGES=phases.stages,
-        num_warps=phases.warps, num_stages=phases.stages,
+        weights, small[1], small[2:], cache.v, out, rows.query_starts, rows.context_lengths, tables,
+        requests, out.stride(0), tables.stride(0), blocks,
+        **shape, SLICE=phases.columns,
+        STAGES=phases.stages, num_warps=phases.warps, num_stages=phases.stages,
     )  # fmt: skip
     return out

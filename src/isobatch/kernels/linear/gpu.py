@@ -17,9 +17,10 @@ import torch
 import triton
 
 from isobatch import env
+from isobatch.errors import UnsupportedOpError
 from isobatch.kernels import plan as plans
 from isobatch.kernels.bitclass import certify
-from isobatch.kernels.gpu.device import INTERPRETED, architecture, capturing, device
+from isobatch.kernels.gpu.device import INTERPRETED, architecture, capturing, device, dtypes
 from isobatch.kernels.linear import members
 from isobatch.kernels.linear.cublaslt import version
 from isobatch.kernels.linear.gpu_record import forget, record_for
@@ -121,6 +122,9 @@ class Linear:
     ) -> torch.Tensor:
         """x W^T + bias, [M, N].
 
+        Raises:
+            UnsupportedOpError: x is neither bfloat16 nor float16. A tensor core would round float32 to TF32.
+
         Determinism:
             Row m depends on x[m], the weight and the bias alone: the plan chooses within one bit class.
         """
@@ -152,6 +156,13 @@ class Linear:
         return members.default(rows)
 
     def _launcher(self, shape: Shape, rows: int) -> Launcher:
+        if shape.dtype not in dtypes():
+            raise UnsupportedOpError(
+                "linear: no certified kernel on a GPU",
+                expected=" or ".join(map(str, dtypes())),
+                got=shape.dtype,
+                fix="convert x and the weight",
+            )
         if capturing() and (shape, rows) not in self._chosen:
             # Certification waits for results, which a capture forbids. Our own tile needs none.
             return _own(rows)

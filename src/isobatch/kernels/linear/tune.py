@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from isobatch.kernels.gpu.timing import Work, microseconds
 from isobatch.kernels.linear import stock
 from isobatch.kernels.linear.gpu import certified
 from isobatch.kernels.linear.gpu_record import case, forget
-from isobatch.kernels.linear.members import RANKS, Shape, launcher
+from isobatch.kernels.linear.members import RANKS, Shape, default, launcher
+from isobatch.kernels.linear.nearest import promising
 from isobatch.kernels.stock import DenseWeight
 
 # (fewest rows, most rows, tiles worth trying), what was left of a far wider search on an H200.
@@ -56,7 +58,32 @@ _TILES: tuple[tuple[int, int, tuple[str, ...]], ...] = (
     (65, plans.BUCKETS[-1], ("128x128x64.4.5tp1", "128x256x64.8.3tp1")),
 )
 _KEPT = 3
+_COPIES = 16
+_LONG_ROWS = 512
 _COLD_BYTES = 400 << 20  # data that calls go round in: several times the second-level cache
+_CACHE_BYTES = 64 << 20  # Hopper's second-level cache is smaller: two such matrices drive each other out
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """How far to look.
+
+    Args:
+        candidates: names worth trying for a shape and a bucket. All that are tried are certified.
+        rounds: of timing; half as many where a call takes long.
+        few_copies: whether two copies of a weight will do that is larger than the second-level cache.
+    """
+
+    candidates: Callable[[Shape, int], list[str]]
+    rounds: int
+    few_copies: bool
+
+    def copies(self, shape: Shape) -> int:
+        """Copies of the weight that calls go round in."""
+        weight_bytes = shape.outputs * shape.inputs * shape.dtype.itemsize
+        if self.few_copies and weight_bytes > _CACHE_BYTES:
+            return 2
+        return max(2, min(_COPIES, -(-_COLD_BYTES // weight_bytes)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +105,7 @@ class Trial:
     def entry(self) -> tuple[int, tuple[str, ...]]:
         """The plan's entry: the fastest, the next, and at least one tile of ours to fall back on."""
         names = [name for name, _ in self.times]
-        own = next(name for name in names if not name.startswith("lt"))
+        own = next((name for name in names if not name.startswith("lt")), default(self.rows))
         return self.rows, tuple(dict.fromkeys([*names[: _KEPT - 1], own]))
 
 
@@ -90,47 +117,57 @@ def candidates(rows: int) -> list[str]:
     return [*tiles, *(f"lt{r}.{rank}" for r in sorted(asked) for rank in range(RANKS))]
 
 
+THOROUGH = Search(lambda _shape, rows: candidates(rows), rounds=10, few_copies=False)
+"""Every candidate: a minute or more for a shape."""
+
+
+def quick(tables: plans.Plan) -> Search:
+    """A few candidates, seconds for a shape: what tables chose at the nearest shapes, and little else."""
+    return Search(partial(promising, tables), rounds=5, few_copies=True)
+
+
 def tune(
     shape: Shape,
     buckets: Sequence[int] = plans.BUCKETS,
     progress: Callable[[int], None] = lambda _rows: None,
+    search: Search = THOROUGH,
 ) -> list[Trial]:
-    """Tries every candidate at every bucket.
+    """Tries candidates at every bucket.
 
     Args:
         shape: the fixed axes.
         buckets: row counts to tune for.
         progress: told each bucket before it is tried.
+        search: which candidates, and how they are timed.
 
     Returns:
         A trial per bucket.
     """
-    weight_bytes = shape.outputs * shape.inputs * shape.dtype.itemsize
-    copies = max(2, min(16, -(-_COLD_BYTES // weight_bytes)))
     # Certified data, not random data: the same numbers on every machine, and as dense in bits.
     drawn = case(shape, "wide", max(buckets))
     x, weights = drawn.per_row["x"], [drawn.shared["weight"]]
-    weights += [DenseWeight(weights[0].dense.clone()) for _ in range(copies - 1)]
+    weights += [DenseWeight(weights[0].dense.clone()) for _ in range(search.copies(shape) - 1)]
     trials = []
     for rows in buckets:
         progress(rows)
-        trials.append(_try(shape, rows, x[:rows], weights))
+        trials.append(_try(shape, rows, x[:rows], weights, search))
     forget()
     return trials
 
 
-def _try(shape: Shape, rows: int, x: torch.Tensor, weights: Sequence[DenseWeight]) -> Trial:
+def _try(shape: Shape, rows: int, x: torch.Tensor, weights: Sequence[DenseWeight], search: Search) -> Trial:
     sides: list[tuple[str, Work]] = [("torch", lambda i: stock.linear(x, weights[i % len(weights)]))]
     refused = []
-    for name in candidates(rows):
+    for name in search.candidates(shape, rows):
         if not _runs(name, shape, rows):
             refused.append(name)
             continue
         launch: Any = launcher(name, shape)
         sides.append((name, lambda i, f=launch: f(x, weights[i % len(weights)], None, shape.out_dtype)))  # type: ignore[misc]
     # Where a call takes long, two copies are as cold as sixteen.
-    copies = len(weights) if rows < 512 else 2
-    times = microseconds([work for _, work in sides], copies, rounds=10 if rows < 512 else 5)
+    short = rows < _LONG_ROWS
+    copies, rounds = (len(weights), search.rounds) if short else (2, -(-search.rounds // 2))
+    times = microseconds([work for _, work in sides], copies, rounds=rounds)
     timed = [(name, us) for (name, _), us in zip(sides, times, strict=True)]
     return Trial(rows, timed[0][1], tuple(sorted(timed[1:], key=lambda pair: pair[1])), tuple(refused))
 

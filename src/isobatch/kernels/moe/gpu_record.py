@@ -37,34 +37,44 @@ def _mirrored(tensor: torch.Tensor, sign: int) -> torch.Tensor:
 
 
 @cache
-def _experts(dtype: torch.dtype, mirrored: bool, renormalise: bool) -> GpuExperts:
+def _experts(dtype: torch.dtype, kind: str, renormalise: bool) -> GpuExperts:
     def drawn(name: str, *shape: int) -> torch.Tensor:
         return floats(f"moe/{name}", *shape, kind="plain") / 16
 
-    gate = drawn("gate", _EXPERTS, _INNER, _WIDTH)
-    gate_up = torch.cat(
-        (_mirrored(gate, -1) * 16 if mirrored else gate, drawn("up", _EXPERTS, _INNER, _WIDTH)), 1
-    )
+    gate, up = drawn("gate", _EXPERTS, _INNER, _WIDTH), drawn("up", _EXPERTS, _INNER, _WIDTH)
+    gate_up = torch.cat((gate if kind == "plain" else _mirrored(gate, -1) * 16, up), 1)
     router, down = drawn("router", _EXPERTS, _WIDTH) / 4, drawn("down", _EXPERTS, _WIDTH, _INNER) * 16
+    if kind == "cancelling":
+        # By threes: the second takes back what the first gives, and the third is small beside them. A token
+        # likes the first a little more, and each as much more, so that no choice is a tie.
+        router[1::3], gate_up[1::3], down[1::3] = router[0::3], gate_up[0::3], -down[0::3]
+        router[0::3, 0], router[1::3, 0] = 0.5, 0.5 - 2.0**-9
+        down[0::3] *= 256
+        down[1::3] *= 256
+        gate_up[:, _INNER:] *= 2**13 // _WIDTH  # results that float16 holds, and holds to eleven bits
     router, gate_up, down = (weight.to(device(), dtype) for weight in (router, gate_up, down))
     stacks = DenseStack(gate_up), DenseStack(down)
     return Experts(DenseWeight(router), *stacks, active=_ACTIVE, renormalise=renormalise)
 
 
-def case(name: str, rows: int, dtype: torch.dtype, mirrored: bool, renormalise: bool = True) -> RowCase:
+def case(name: str, rows: int, kind: str, dtype: torch.dtype, renormalise: bool = True) -> RowCase:
     """x [rows, K] against a layer of experts.
 
     Args:
         name: the seed of x.
         rows: tokens.
+        kind: "mirrored", where each product with a gate meets its negative, so that what is left is rounding
+            errors and another order over k shows; "cancelling", where a token's experts nearly cancel one
+            another as well, so that another order of combining them shows; "plain", ordinary numbers, of
+            which an error can be told.
         dtype: of everything.
-        mirrored: whether each product with a gate meets its negative, so that what is left is rounding errors
-            and another order shows; otherwise ordinary numbers, of which an error can be told.
         renormalise: whether weights are shares of the chosen experts.
     """
-    x = floats(f"{name}/x", rows, _WIDTH, kind="wide" if mirrored else "plain")
-    x = (_mirrored(x, 1) if mirrored else x).to(device(), dtype)
-    return RowCase({"x": x}, {"experts": _experts(dtype, mirrored, renormalise)})
+    x = floats(f"{name}/x", rows, _WIDTH, kind="plain" if kind == "plain" else "wide")
+    if kind == "cancelling":
+        x[:, 0] = 0.25
+    x = (x if kind == "plain" else _mirrored(x, 1)).to(device(), dtype)
+    return RowCase({"x": x}, {"experts": _experts(dtype, kind, renormalise)})
 
 
 def reorder(case: RowCase) -> Reordering:
@@ -83,7 +93,8 @@ def reorder(case: RowCase) -> Reordering:
 def draw(name: str, rows: int, variant: str) -> RowCase:
     """Products that meet their negatives, and weights of either kind."""
     kind, dtype = split_variant(variant)
-    return case(name, rows, dtype, mirrored=True, renormalise=kind != _OF_ALL)
+    of_all = kind == _OF_ALL
+    return case(name, rows, "mirrored" if of_all else kind, dtype, renormalise=not of_all)
 
 
 MOE = OpRecord(
@@ -103,8 +114,9 @@ MOE = OpRecord(
     stock=Member("torch", stock.moe, STOCK),
     reference=stock.moe_ref,
     draw=draw,
-    # Interpreted, a variant takes a minute; there tests/test_gpu_moe.py looks at the other weights.
-    variants=case_variants("mirrored", *(() if INTERPRETED else (_OF_ALL,))),
+    # The second shows what the first does, and more; the interpreter is slow, and there
+    # tests/test_gpu_moe.py looks at the other weights.
+    variants=case_variants(*(() if INTERPRETED else ("mirrored", _OF_ALL)), "cancelling"),
     # 120 tokens of 60 experts with 4 active are 8 copies per expert; 360, 24; 720, 48. 64: another chunk.
     thresholds=(4,) if INTERPRETED else (4, 64, 120, 360, 720),
     reorder=reorder,

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from isobatch.kernels.data import floats, integers
+from isobatch.kernels.data import integers
 from isobatch.kernels.gpu.data import to_device
 from isobatch.kernels.gpu.device import INTERPRETED
 from isobatch.kernels.registry import Member, OpRecord, RowCase
 from isobatch.kernels.sampling import cpu, stock, triton, triton_penalize
-from isobatch.kernels.sampling.cpu import PenaltyRows, SamplingRows
+from isobatch.kernels.sampling.cases import penalize_case, sample_case
 from isobatch.kernels.sampling.triton import Cut
 from isobatch.kernels.stock import STOCK
 
 _V = 131 if INTERPRETED else 5003
-# temperature, top_k, top_p, min_p: every path in one batch.
+# Every path in one batch.
 _PARAMETERS = (
     (0.0, 0, 1.0, 0.0),
     (1.0, 0, 1.0, 0.0),
@@ -32,37 +32,18 @@ _PARAMETERS = (
 _EVERY = 20 if INTERPRETED else 1
 
 
+def _moved(case: RowCase) -> RowCase:
+    return replace(case, per_row={name: to_device(tensor) for name, tensor in case.per_row.items()})
+
+
 def _draw_sample(name: str, rows: int, _variant: str) -> RowCase:
-    logits = floats(f"{name}/logits", rows, _V, kind="plain") * 4
-    logits[:, 7] = logits[:, 100]  # a tie
     filtered = integers(f"{name}/filtered", rows, _EVERY) == 0
     which = torch.where(filtered, integers(f"{name}/which", rows, 7), integers(f"{name}/which", rows, 2))
-    temperature, top_k, top_p, min_p = torch.tensor(_PARAMETERS)[which].unbind(1)
-    per_row = {
-        "logits": logits,
-        "temperature": temperature,
-        "top_k": top_k.long(),
-        "top_p": top_p,
-        "min_p": min_p,
-        "seed": integers(f"{name}/seed", rows, 2**31) * -3,
-        "position": integers(f"{name}/position", rows, 4096),
-    }
-    moved = {key: to_device(tensor.contiguous()) for key, tensor in per_row.items()}
-    return RowCase(moved, {}, group=("rows", SamplingRows))
+    return _moved(sample_case(name, rows, _V, [_PARAMETERS[i] for i in which.tolist()], tied=100))
 
 
 def _draw_penalize(name: str, rows: int, _variant: str) -> RowCase:
-    seen = torch.stack([torch.arange(10) + 10 * int(s) for s in integers(f"{name}/ids", rows, 12)])
-    seen[:, 8:] = -1
-    per_row = {
-        "logits": floats(f"{name}/logits", rows, _V),
-        "ids": seen,
-        "counts": integers(f"{name}/counts", rows * 10, 3).reshape(rows, 10),
-        "repetition": torch.full((rows,), 1.3),
-        "presence": torch.full((rows,), 0.4),
-        "frequency": torch.full((rows,), 0.7),
-    }
-    return RowCase({k: to_device(v) for k, v in per_row.items()}, {}, group=("rows", PenaltyRows))
+    return _moved(penalize_case(name, rows, _V, tens=12))
 
 
 def _on_cpu(function: Any) -> Any:

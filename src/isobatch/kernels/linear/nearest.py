@@ -1,0 +1,50 @@
+"""What to try at a shape that nobody has tuned: what tables chose at the shapes most like it."""
+
+from __future__ import annotations
+
+import torch
+
+from isobatch.kernels.linear.members import Shape, default
+from isobatch.kernels.plan import Plan
+
+_NEIGHBOURS = 3
+_RANKS = 3
+
+
+def nearest(plan: Plan, shape: Shape) -> list[str]:
+    """The keys of the tuned shapes most like this one, the nearest first.
+
+    Those of the same dtypes come before all others. Among them the distance is a factor: how many times
+    larger or smaller N is, times the same of K.
+
+    Args:
+        plan: with tables of linear.
+        shape: the fixed axes.
+    """
+
+    def distance(key: str) -> tuple[bool, float, str]:
+        sides, _, dtypes = key.partition(".")
+        outputs, inputs = map(int, sides.split("x"))
+        apart = _times(outputs, shape.outputs) * _times(inputs, shape.inputs)
+        return dtypes != shape.key.partition(".")[2], apart, key
+
+    # Whether results are rounded to 16 bits or stored in 32 decides how wide a tile may be.
+    wide = shape.out_dtype == torch.float32
+    alike = [key for key in plan.ops.get("linear", {}) if key.endswith(".float32") == wide]
+    return sorted(alike, key=distance)[:_NEIGHBOURS]
+
+
+def _times(a: int, b: int) -> float:
+    return max(a, b) / min(a, b)
+
+
+def promising(plan: Plan, shape: Shape, rows: int) -> list[str]:
+    """Names of a few members worth trying: the neighbours', the default tile, the library's first ranks.
+
+    Args:
+        plan: with tables of linear; without any, less is tried.
+        shape: the fixed axes.
+        rows: the bucket.
+    """
+    theirs = [name for key in nearest(plan, shape) for name in plan.names("linear", key, rows)]
+    return list(dict.fromkeys([*theirs, default(rows), *(f"lt{rows}.{rank}" for rank in range(_RANKS))]))
