@@ -23,7 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="measure speed against transformers and torch's own kernels; bits are checked first",
         description="Checks the bits, then measures; a red gate prints no number. Needs the extra [bench].",
     )
-    parser.add_argument("target", choices=("cpu", "gpu", "serve", "verify"), help="what to measure")
+    parser.add_argument("target", choices=("cpu", "gpu", "http", "serve", "verify"), help="what to measure")
     parser.add_argument("--model", default="demo", help="SmolLM2-135M-Instruct by default; a .gguf file")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side; medians count (default 3)")
     parser.add_argument("--out", type=Path, help=f"results file (default {_RESULTS}/TARGET.json)")
@@ -74,10 +74,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _on_cpu(arguments: argparse.Namespace, progress: Callable[[str], None]) -> dict[str, Any]:
-    from isobatch.cli import bench_cpu, bench_verify
+    from isobatch.cli import bench_cpu, bench_http, bench_verify
     from isobatch.models.locate import demo_weights
 
-    target = bench_verify if arguments.target == "verify" else bench_cpu
+    targets: dict[str, Any] = {"cpu": bench_cpu, "http": bench_http, "verify": bench_verify}
+    target = targets[arguments.target]
     model = demo_weights() if arguments.model == "demo" else Path(arguments.model)
     if failures := target.gate(model):
         return {"failures": failures}
