@@ -81,7 +81,11 @@ class GpuOps(QueuedOps):
             self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self._pool):
             result = work()
-        return graph.replay, result
+
+        def replay(_inputs: object = work) -> None:  # which must live as long as the recording that reads them
+            graph.replay()
+
+        return replay, result
 
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Copies to pinned memory behind what is queued."""
