@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -27,7 +30,9 @@ from isobatch.kernels.linear.triton import linear_plain
 from isobatch.kernels.stock import DenseWeight
 from isobatch.models.decoder import Decoder
 from isobatch.models.loading import load_decoder
+from isobatch.ops import gpu
 from isobatch.ops.gpu import GpuOps
+from isobatch.ops.queued import QueuedOps
 from tests.checkpoints import tiny_model, trained_bpe
 from tests.engine_harness import (
     IDENTITY,
@@ -199,3 +204,27 @@ def test_machine_without_a_gpu_is_told_so() -> None:
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment)
     assert done.returncode == 3
     assert "no GPU is to be had" in done.stderr
+
+
+def test_what_a_recording_reads_lives_as_long_as_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Graph:
+        def replay(self) -> None:
+            pass
+
+    monkeypatch.setattr(gpu, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda _graph, pool: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
+    read = torch.zeros(3)
+    alive = weakref.ref(read)
+    ops = decoder().ops
+    assert isinstance(ops, QueuedOps)
+    replay, _ = ops.recorded(lambda read=read: read + 1)  # type: ignore[misc]
+    del read
+    gc.collect()
+    assert alive() is not None
+    replay()
+    del replay
+    gc.collect()
+    assert alive() is None

@@ -82,9 +82,10 @@ class GpuOps(QueuedOps):
         with torch.cuda.graph(graph, pool=self._pool):
             result = work()
 
-        def replay(_inputs: object = work) -> None:  # which must live as long as the recording that reads them
+        def replay(_inputs: object = work) -> None:
             graph.replay()
 
+        # The work is kept with it: what a recording reads must live as long as the recording.
         return replay, result
 
     def fetch(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
