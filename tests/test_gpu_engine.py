@@ -19,17 +19,19 @@ import torch
 
 from isobatch import LLM, SamplingParams
 from isobatch.config import EngineConfig
+from isobatch.engine.backend import sized
 from isobatch.engine.engine import Engine
-from isobatch.engine.memory import block_bytes
+from isobatch.engine.memory import block_bytes, weight_bytes
 from isobatch.engine.output import Reply
 from isobatch.engine.verify import verify
-from isobatch.errors import ConfigError, UnknownKeyError
+from isobatch.errors import ConfigError, OutOfMemoryError, UnknownKeyError
 from isobatch.kernels.attention.gpu_rows import GpuKVCache
 from isobatch.kernels.gpu.device import dtypes
 from isobatch.kernels.linear.triton import linear_plain
 from isobatch.kernels.stock import DenseWeight
 from isobatch.models.decoder import Decoder
 from isobatch.models.loading import load_decoder
+from isobatch.models.presets import preset
 from isobatch.ops import gpu
 from isobatch.ops.gpu import GpuOps
 from isobatch.ops.queued import QueuedOps
@@ -228,3 +230,21 @@ def test_what_a_recording_reads_lives_as_long_as_it(monkeypatch: pytest.MonkeyPa
     del replay
     gc.collect()
     assert alive() is None
+
+
+def test_cache_is_what_weights_and_a_step_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 80 << 30
+    model = preset("qwen3-8b").config()
+    monkeypatch.setattr(gpu, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (free, free))
+    settings = EngineConfig(device="cuda")
+    found = sized(settings, model).cache_bytes
+    weights = weight_bytes(model, 2)
+    assert weights == 16_381_470_720  # as published: 8.19 billion numbers
+    assert 50 << 30 < found < free - weights
+    assert sized(EngineConfig(device="cuda", max_batch_tokens=8192), model).cache_bytes < found
+    assert sized(EngineConfig(device="cuda", kv_cache_bytes=1 << 20), model).cache_bytes == 1 << 20
+    assert sized(EngineConfig(), model).cache_bytes == 1 << 30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (weights, weights))
+    with pytest.raises(OutOfMemoryError, match="16,381,470,720 bytes of weights"):
+        sized(settings, model)

@@ -16,6 +16,7 @@ Device = Literal["cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Load = Literal["checkpoint", "random"]
 _DTYPES: dict[str, tuple[str, ...]] = {"cpu": ("float32",), "cuda": ("bfloat16", "float16")}
+_CACHE_BYTES = 1 << 30
 _NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -30,7 +31,8 @@ class EngineConfig:
         device: "cpu", or "cuda" for an NVIDIA GPU.
         dtype: of weights and activations: "float32" on the CPU, "bfloat16" or "float16" on a GPU; "auto" for
             the first of these.
-        kv_cache_bytes: memory for keys and values, in bytes; touched only as it fills.
+        kv_cache_bytes: memory for keys and values, in bytes; None for 1 GiB, touched only as it fills, and in
+            `LLM` on a GPU for all that the weights and a step's own tensors leave.
         max_batch_tokens: the most tokens in one step. Longer prompts are cut into chunks.
         max_batch_sequences: the most sequences running at once.
         max_context: the longest prompt and reply together, in tokens; None for the model's own limit.
@@ -49,7 +51,7 @@ class EngineConfig:
     kernels: Kernels = "isobatch"
     device: Device = "cpu"
     dtype: Dtype = "auto"
-    kv_cache_bytes: int = 1 << 30
+    kv_cache_bytes: int | None = None
     max_batch_tokens: int = 512
     max_batch_sequences: int = 256
     max_context: int | None = None
@@ -75,7 +77,7 @@ class EngineConfig:
             raise ConfigError("stock kernels run on the CPU only", fix='use device="cpu"')
         for name in ("kv_cache_bytes", "max_batch_tokens", "max_batch_sequences", "max_context", "layers"):
             value = getattr(self, name)
-            if value is None and name in ("max_context", "layers"):
+            if value is None and name in ("kv_cache_bytes", "max_context", "layers"):
                 continue
             if type(value) is not int or value < 1:
                 raise ConfigError(f"bad {name}", expected="an integer of 1 or more", got=repr(value))
@@ -98,6 +100,11 @@ class EngineConfig:
     def number_format(self) -> str:
         """The dtype, with "auto" resolved."""
         return _DTYPES[self.device][0] if self.dtype == "auto" else self.dtype
+
+    @property
+    def cache_bytes(self) -> int:
+        """For keys and values, with None resolved as far as it can be without a look at the device."""
+        return _CACHE_BYTES if self.kv_cache_bytes is None else self.kv_cache_bytes
 
     @property
     def number_bytes(self) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from isobatch.config import EngineConfig
-from isobatch.engine.memory import available_bytes, require, weight_bytes
+from isobatch.engine.memory import available_bytes, cache_room, require, weight_bytes
 from isobatch.engine.tokenizer import Tokenizer, load_tokenizer
 from isobatch.errors import MissingDependencyError, OutOfMemoryError
 from isobatch.kernels.cpu.random_weights import random_weights
@@ -61,10 +62,26 @@ def require_memory(config: EngineConfig, checkpoint: Checkpoint) -> None:
     if config.device == "cuda":
         device = _gpu().device()
         available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
-        require(weight_bytes(model, config.number_bytes), config.kv_cache_bytes, available)
+        require(weight_bytes(model, config.number_bytes), config.cache_bytes, available)
     else:
         weights = coded_bytes(checkpoint) if config.kernels == "isobatch" else weight_bytes(model)
-        require(weights, config.kv_cache_bytes, available_bytes())
+        require(weights, config.cache_bytes, available_bytes())
+
+
+def sized(config: EngineConfig, model: ModelConfig) -> EngineConfig:
+    """The settings, with a KV cache of what a GPU has left where they do not say how large it is to be.
+
+    Raises:
+        OutOfMemoryError: the weights and a step leave nothing.
+        MissingDependencyError, UnsupportedOpError: as `make_ops`.
+    """
+    if config.device != "cuda" or config.kv_cache_bytes is not None:
+        return config
+    device = _gpu().device()
+    if device.type != "cuda":  # the interpreter's
+        return config
+    left = cache_room(model, config, torch.cuda.mem_get_info(device)[0])
+    return replace(config, kv_cache_bytes=left)
 
 
 def require_room(config: EngineConfig, checkpoint: Checkpoint) -> None:

@@ -61,7 +61,7 @@ def check_settings(model: ModelConfig, config: EngineConfig) -> None:
         ConfigError: the KV cache holds no block, the policy is unknown, or the context is beyond the model's.
     """
     policy_from_name(config.policy)
-    kv_blocks(model, config.kv_cache_bytes, config.number_bytes)
+    kv_blocks(model, config.cache_bytes, config.number_bytes)
     longest = model.context_length
     if config.max_context is not None and config.max_context > longest:
         raise ConfigError(
@@ -106,7 +106,7 @@ class Engine:
         self.config = config
         self.identity = identity
         self.max_context = config.max_context or decoder.config.context_length
-        self._blocks = kv_blocks(decoder.config, config.kv_cache_bytes, config.number_bytes)
+        self._blocks = kv_blocks(decoder.config, config.cache_bytes, config.number_bytes)
         self._caches = decoder.kv_caches(self._blocks)
         self._runner = Runner(decoder, self._caches, config.max_batch_sequences, self.max_context)
         self.eos_token_ids = frozenset(tokenizer.eos_token_ids if tokenizer else decoder.config.eos_token_ids)

@@ -11,7 +11,15 @@ from typing import Any
 from rich.console import Console
 
 from isobatch.config import EngineConfig
-from isobatch.engine.backend import identity, make_ops, open_model, open_tokenizer, require_room, watched
+from isobatch.engine.backend import (
+    identity,
+    make_ops,
+    open_model,
+    open_tokenizer,
+    require_room,
+    sized,
+    watched,
+)
 from isobatch.engine.engine import Engine, check_settings
 from isobatch.engine.inputs import Message, Prompt, as_config, as_conversations, as_params, as_prompts
 from isobatch.engine.output import Reply
@@ -64,6 +72,7 @@ class LLM:
         self._finished: dict[int, Reply] = {}
         checkpoint = open_model(model, self.config)
         try:
+            self.config = sized(self.config, checkpoint.config)
             check_settings(checkpoint.config, self.config)
             require_room(self.config, checkpoint)
             self._tokenizer = open_tokenizer(checkpoint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from isobatch.config import EngineConfig
 from isobatch.errors import ConfigError, OutOfMemoryError
 from isobatch.kernels.layout import PAGE
 from isobatch.models.checkpoint import expected_tensors
@@ -59,6 +60,47 @@ def kv_blocks(config: ModelConfig, kv_cache_bytes: int, number_bytes: int = _FLO
             fix="raise kv_cache_bytes",
         )
     return blocks
+
+
+def step_bytes(model: ModelConfig, config: EngineConfig) -> int:
+    """Bytes of the largest step's own tensors: activations of a layer, and logits with what sampling makes.
+
+    An estimate from above: a tensor that is freed before the next is made is counted all the same.
+    """
+    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_size
+    inner, copies = model.intermediate_size, 1
+    if model.moe is not None:
+        inner, copies = model.moe.inner, model.moe.active
+    row = 4 * model.hidden_size + 3 * heads + copies * (3 * inner + 2 * model.hidden_size)
+    logits = 2 * max(config.max_batch_tokens, config.max_batch_sequences) * model.vocab_size * _FLOAT_BYTES
+    return config.max_batch_tokens * row * config.number_bytes + logits
+
+
+def cache_room(model: ModelConfig, config: EngineConfig, free: int) -> int:
+    """Bytes that a KV cache may have on a device.
+
+    Args:
+        model: whose weights are not loaded yet.
+        config: how large steps may be.
+        free: bytes of the device.
+
+    Returns:
+        What is left, less a twentieth and 1 GiB for recorded graphs and for what allocators cut off.
+
+    Raises:
+        OutOfMemoryError: not even one block.
+    """
+    weights, step = weight_bytes(model, config.number_bytes), step_bytes(model, config)
+    kept = free // 20 + (1 << 30)
+    left = free - weights - step - kept
+    if left < block_bytes(model, config.number_bytes):
+        raise OutOfMemoryError(
+            "not enough memory for the model",
+            expected=f"{weights:,} bytes of weights + {step:,} of a step + {kept:,} kept, and a KV cache",
+            got=f"{free:,} free",
+            fix="lower max_batch_tokens or max_batch_sequences, free memory, or use a smaller model",
+        )
+    return left
 
 
 def require(weights: int, kv_cache_bytes: int, available: int | None) -> None:
