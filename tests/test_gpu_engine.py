@@ -248,3 +248,17 @@ def test_cache_is_what_weights_and_a_step_leave(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (weights, weights))
     with pytest.raises(OutOfMemoryError, match="16,381,470,720 bytes of weights"):
         sized(settings, model)
+
+
+def test_interrupted_table_is_shown_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the host believes of the device's block tables must never be ahead of what was queued."""
+    graphs = engine()._runner._graphs
+    assert graphs is not None
+    graphs._show([(3, 5), (7,)])
+    with monkeypatch.context() as broken:
+        broken.setattr(GpuOps, "tensor", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            graphs._show([(3, 5, 9), (8,)])
+    graphs._show([(3, 5, 9), (8,)])
+    assert graphs._tables[0, :3].tolist() == [3, 5, 9]
+    assert graphs._tables[1, :1].tolist() == [8]

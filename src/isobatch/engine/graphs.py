@@ -106,17 +106,19 @@ class DecodeGraphs:
     def _show(self, tables: list[tuple[int, ...]]) -> None:
         """Brings the block tables on the device up to date: most steps add a block to few rows."""
         width, places, blocks = self._tables.shape[1], [], []
-        for row, table in enumerate(tables):
-            shown = self._shown[row]
-            if shown == table:
-                continue
+        changed = [row for row, table in enumerate(tables) if self._shown[row] != table]
+        for row in changed:
+            shown, table = self._shown[row], tables[row]
             same = len(shown) if table[: len(shown)] == shown else 0
             places.append(range(row * width + same, row * width + len(table)))
             blocks.append(table[same:])
-            self._shown[row] = table
-        if places:
+            # An exception may come before the write is queued: until then nothing counts as shown.
+            self._shown[row] = ()
+        if changed:
             at, values = self._ops.tensor([[*chain.from_iterable(places)], [*chain.from_iterable(blocks)]])
             self._tables.view(-1).index_copy_(0, at, values.int())
+        for row in changed:
+            self._shown[row] = tables[row]
 
     def _record(self, size: int, context: int) -> None:
         """Records a step of `size` rows, whose contexts are at most `context`."""
