@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from isobatch.errors import CheckpointError, IntegrityError, UnsupportedModelError
+from isobatch.errors import CheckpointError, UnsupportedModelError
 from isobatch.kernels.coding import CodedRows, Coding
 from isobatch.models.config import QK_NORMED, ModelConfig, MoeConfig, RopeConfig, check_architecture
 from isobatch.models.fields import Fields
 from isobatch.models.gguf_blocks import coding_of
 from isobatch.models.gguf_format import GgufFile
+from isobatch.models.rows import checked_stop
 
 _EMBEDDING, _OUTPUT, _DIVISORS = "token_embd", "output", "rope_freqs.weight"
 _OUTSIDE = {_EMBEDDING: "model.embed_tokens", "output_norm": "model.norm", _OUTPUT: "lm_head"}
@@ -94,7 +95,7 @@ class GgufCheckpoint:
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> CodedRows:
         """Rows [start, stop) of one matrix, as they are stored."""
-        stop = self._checked(name, start, stop)
+        stop = checked_stop(name, start, stop, self.shape(name)[0])
         stored = self._stored[name]
         if not self._permuted(name):
             return self._file.rows(stored, start, stop)
@@ -106,19 +107,11 @@ class GgufCheckpoint:
         """Rows [start, stop) of one tensor, as float32."""
         if len(self.shape(name)) > 1:
             return self.rows(name, start, stop).floats()
-        stop = self._checked(name, start, stop)
+        stop = checked_stop(name, start, stop, self.shape(name)[0])
         vector = torch.from_numpy(self._file.vector(self._stored[name]))
         if not self._permuted(name):
             return vector[start:stop].clone()
         return vector[_order(start, stop, self.config.head_size)]
-
-    def _checked(self, name: str, start: int, stop: int | None) -> int:
-        """The row after the last."""
-        rows = self.shape(name)[0]
-        stop = rows if stop is None else stop
-        if not 0 <= start <= stop <= rows:
-            raise IntegrityError(f"rows of {name}", expected=f"within [0, {rows})", got=f"[{start}, {stop})")
-        return stop
 
     def _permuted(self, name: str) -> bool:
         return self.config.architecture == "llama" and _PERMUTED.search(name) is not None

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from isobatch.errors import CheckpointError, IntegrityError, UnsupportedModelError
+from isobatch.errors import CheckpointError, UnsupportedModelError
 from isobatch.kernels.coding import BF16, F16, F32, CodedRows, Coding
 from isobatch.models.config import ModelConfig, config_from_huggingface
 from isobatch.models.fields import Fields, read_json
+from isobatch.models.rows import checked_stop
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _CODINGS = {"F32": F32, "F16": F16, "BF16": BF16}  # each widens to float32 exactly
@@ -54,10 +55,7 @@ class HuggingFaceCheckpoint:
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> CodedRows:
         """Rows [start, stop) of one tensor, as they are stored."""
-        rows = self.shape(name)[0]
-        stop = rows if stop is None else stop
-        if not 0 <= start <= stop <= rows:
-            raise IntegrityError(f"rows of {name}", expected=f"within [0, {rows})", got=f"[{start}, {stop})")
+        stop = checked_stop(name, start, stop, self.shape(name)[0])
         part: torch.Tensor = self._owners[name].get_slice(name)[start:stop]
         # What safetensors hands out may be a view of the mapped file.
         return CodedRows.of(part.clone(memory_format=torch.contiguous_format))

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 
-from isobatch.errors import CheckpointError, ConfigError, IntegrityError, ModelNotFoundError, UnknownKeyError
+from isobatch.errors import CheckpointError, ConfigError, ModelNotFoundError, UnknownKeyError
 from isobatch.kernels.coding import BF16, CodedRows, Coding
 from isobatch.models.checkpoint import expected_tensors
 from isobatch.models.config import ModelConfig, config_from_huggingface
 from isobatch.models.fields import read_json
 from isobatch.models.huggingface import read_config
 from isobatch.models.presets import PRESETS, preset
+from isobatch.models.rows import checked_stop
 
 Numbers = Callable[[int, int, int, torch.dtype], torch.Tensor]
 """`random_weights` of the kernels of one device."""
@@ -118,11 +119,7 @@ class RandomCheckpoint:
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> CodedRows:
         """Rows [start, stop) of one tensor, on the device of the kernels."""
         height, *widths = self.shape(name)
-        stop = height if stop is None else stop
-        if not 0 <= start <= stop <= height:
-            raise IntegrityError(
-                f"rows of {name}", expected=f"within [0, {height})", got=f"[{start}, {stop})"
-            )
+        stop = checked_stop(name, start, stop, height)
         width = math.prod(widths)
         drawn = hashlib.sha256(f"weights {self._seed} {name}".encode()).digest()
         key = int.from_bytes(drawn[:8], "little") >> 1
