@@ -19,7 +19,7 @@ import torch
 
 from isobatch import LLM, SamplingParams
 from isobatch.config import EngineConfig
-from isobatch.engine.backend import sized
+from isobatch.engine.backend import fitted, open_model, sized
 from isobatch.engine.engine import Engine
 from isobatch.engine.memory import block_bytes, weight_bytes
 from isobatch.engine.output import Reply
@@ -248,6 +248,9 @@ def test_cache_is_what_weights_and_a_step_leave(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (weights, weights))
     with pytest.raises(OutOfMemoryError, match="16,381,470,720 bytes of weights"):
         sized(settings, model)
+    random = EngineConfig(device="cuda", load="random")
+    with pytest.raises(OutOfMemoryError, match=r"layers=\d+ would fit"):
+        fitted(random, open_model("qwen3-8b", random))
 
 
 def test_interrupted_table_is_shown_again(monkeypatch: pytest.MonkeyPatch) -> None:

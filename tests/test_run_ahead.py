@@ -127,6 +127,18 @@ def test_aborted_and_failed_requests_leave_the_others_alone() -> None:
     assert isinstance(replies[4].error, NonFiniteLogitsError)
 
 
+def test_prefix_of_a_request_that_is_about_to_fail_fails_alike() -> None:
+    """Its blocks may be found in the step before that is known; whoever finds them has the same tokens."""
+    bad = Ask((*stream(2)[:30], POISON, *stream(2)[:9]), SamplingParams(temperature=0, max_tokens=5))
+    expected = alone(tiny_world(poisoned=True), bad)
+    assert isinstance(expected.error, NonFiniteLogitsError)
+    engine = late(poisoned=True)
+    for reply in drive(engine, (bad,) * 4, arrivals=range(4)):
+        expect_same(reply, expected, "beside its like")
+    fine = free_asks()[0]
+    expect_same(drive(engine, (fine,))[0], alone(tiny_world(), fine), "after failures")
+
+
 def test_interruption_while_a_step_is_under_way_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     ask = free_asks()[0]
     engine = late()

@@ -84,21 +84,28 @@ def sized(config: EngineConfig, model: ModelConfig) -> EngineConfig:
     return replace(config, kv_cache_bytes=left)
 
 
-def require_room(config: EngineConfig, checkpoint: Checkpoint) -> None:
-    """The same, with advice on how many layers of a model with random weights would fit.
+def fitted(config: EngineConfig, checkpoint: Checkpoint) -> EngineConfig:
+    """The settings as `sized` makes them, for a model that fits with them.
 
     Raises:
-        OutOfMemoryError: as `require_memory`.
+        OutOfMemoryError: as `sized` and `require_memory`, with advice on how many layers of a model with
+            random weights would fit.
     """
+
+    def fit(weights: Checkpoint) -> EngineConfig:
+        found = sized(config, weights.config)
+        require_memory(found, weights)
+        return found
+
     try:
-        require_memory(config, checkpoint)
+        return fit(checkpoint)
     except OutOfMemoryError as error:
         if not isinstance(checkpoint, RandomCheckpoint):
             raise
 
         def too_large(layers: int) -> bool:
             try:
-                require_memory(config, checkpoint.first_layers(layers))
+                fit(checkpoint.first_layers(layers))
             except OutOfMemoryError:
                 return True
             return False

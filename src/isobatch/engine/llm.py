@@ -12,12 +12,11 @@ from rich.console import Console
 
 from isobatch.config import EngineConfig
 from isobatch.engine.backend import (
+    fitted,
     identity,
     make_ops,
     open_model,
     open_tokenizer,
-    require_room,
-    sized,
     watched,
 )
 from isobatch.engine.engine import Engine, check_settings
@@ -72,9 +71,8 @@ class LLM:
         self._finished: dict[int, Reply] = {}
         checkpoint = open_model(model, self.config)
         try:
-            self.config = sized(self.config, checkpoint.config)
             check_settings(checkpoint.config, self.config)
-            require_room(self.config, checkpoint)
+            self.config = fitted(self.config, checkpoint)
             self._tokenizer = open_tokenizer(checkpoint)
             ops = make_ops(self.config, checkpoint.config)
             weights = watched(checkpoint)
