@@ -265,3 +265,15 @@ def test_interrupted_table_is_shown_again(monkeypatch: pytest.MonkeyPatch) -> No
     graphs._show([(3, 5, 9), (8,)])
     assert graphs._tables[0, :3].tolist() == [3, 5, 9]
     assert graphs._tables[1, :1].tolist() == [8]
+
+
+def test_observers_see_every_step_recorded_or_not() -> None:
+    seen: list[str] = []
+    (ask, *_) = ASKS
+    with decoder().ops.observed(lambda op, _arguments, _result: seen.append(op)):
+        (reply,) = drive(engine(prefix_cache=False), [ask])
+    assert reply is not None
+    expect_same(reply, alone(ask), "observed")
+    assert ask.params.max_tokens == 3
+    assert seen.count("attention") == 3 * TINY.num_layers
+    assert seen.count("logits") == 3

@@ -105,7 +105,8 @@ class Runner:
         """
         patch = _patch(self._decoder.ops, step, before)
         rows = meanings(step)
-        if self._graphs is not None and self._graphs.fits(step):
+        # A replay calls no op, and observers are to see each call.
+        if self._graphs is not None and not self._decoder.ops.watched and self._graphs.fits(step):
             logits = self._graphs.run(step, patch)
         else:
             batch = build_batch(step, self._decoder.ops)

@@ -50,6 +50,11 @@ class Calls(Memory):
         finally:
             self._observers.remove(observer)
 
+    @property
+    def watched(self) -> bool:
+        """Whether anyone observes."""
+        return bool(self._observers)
+
     def _run(self, op: str, **arguments: Any) -> Any:
         result = self._table[op](**arguments)
         for observer in self._observers:
