@@ -22,8 +22,8 @@ from tests.engine_harness import TINY, TinyCheckpoint, World, planted
 TINY_MOE = replace(
     TINY,
     architecture="qwen3_moe",
-    hidden_size=64,
-    moe=MoeConfig(experts=6, active=3, inner=64, renormalise=True, dense_layers=frozenset({1})),
+    hidden_size=128,
+    moe=MoeConfig(experts=6, active=3, inner=128, renormalise=True, dense_layers=frozenset({1})),
 )
 
 

@@ -120,7 +120,7 @@ def test_wrong_arguments_are_refused_by_name() -> None:
     ops = certified_ops()
     mlp = moe_world().decoder.layers[0].mlp
     assert isinstance(mlp, SparseMLP)
-    with pytest.raises(ShapeError, match=r"moe: wrong shape of x; expected \[any, 64\]"):
+    with pytest.raises(ShapeError, match=r"moe: wrong shape of x; expected \[any, 128\]"):
         ops.moe(torch.zeros(2, 63), mlp.experts)
     assert ops.moe(torch.zeros(0, 64), mlp.experts).shape == (0, 64)
 
