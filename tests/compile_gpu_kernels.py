@@ -1,11 +1,13 @@
 """Compiles every member of every GPU record for Hopper, on a machine that need not have a GPU.
 
 The interpreter runs a kernel's logic as Python; it says nothing about what the compiler refuses, or about a
-tile that wants more shared memory than there is. Prints a line per member; the exit code is 1 if any fails.
+tile that wants more shared memory than there is. A kernel that is launched early must wait before it touches
+memory: that is seen in its code. Prints a line per member; the exit code is 1 if any fails.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from isobatch.kernels.gpu import device as gpu
 
+_TOUCHES = re.compile(r"\b(?:ld\.global|st\.global|ld\.relaxed|atom|red\.|cp\.async(?!\.bulk\.prefetch))")
 _SHARED_BYTES = 232_448  # what one program may have on compute capability 9.0
 
 
@@ -56,6 +59,15 @@ def _compile_only() -> list[Any]:
     return compiled
 
 
+def touches_too_early(ptx: str) -> bool:
+    """Whether the code of a kernel that is launched early reads or writes memory before it waits.
+
+    Asking the second-level cache for weights, which no kernel writes, is neither.
+    """
+    wait, touch = ptx.find("griddepcontrol.wait"), _TOUCHES.search(ptx)
+    return touch is not None and not 0 <= wait < touch.start()
+
+
 def failures() -> Iterator[str]:
     """A sentence for each member that cannot be compiled, or could not be launched."""
     compiled = _compile_only()
@@ -82,6 +94,9 @@ def failures() -> Iterator[str]:
                 print(f"{where}: {len(compiled)} kernels, at most {shared} bytes shared")
                 if shared > _SHARED_BYTES:
                     yield f"{where}: {shared} bytes of shared memory"
+                for kernel in compiled:
+                    if kernel.metadata.launch_pdl and touches_too_early(kernel.asm["ptx"]):
+                        yield f"{where}: {kernel.metadata.name} does not wait before it touches memory"
 
 
 if __name__ == "__main__":

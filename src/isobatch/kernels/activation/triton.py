@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from isobatch.kernels.cpu.elementary import LOG2_E
+from isobatch.kernels.gpu.overlap import early, inputs_ready
 from isobatch.kernels.gpu.ptx import ex2
 
 # Beyond 2^126 div.full flushes; silu is zero to any 16-bit dtype long before.
@@ -36,6 +37,7 @@ class Piece:
 
 @triton.jit
 def _silu_and_mul_kernel(gate_up, y, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    inputs_ready()
     t = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = c < WIDTH
@@ -52,7 +54,7 @@ def silu_and_mul_cut(gate_up: torch.Tensor, *, piece: Piece) -> torch.Tensor:
     y = torch.empty((T, width), dtype=gate_up.dtype, device=gate_up.device)
     if T:
         _silu_and_mul_kernel[(T, triton.cdiv(width, piece.columns))](
-            rows, y, rows.stride(0), WIDTH=width, BLOCK=piece.columns, num_warps=piece.warps
+            rows, y, rows.stride(0), WIDTH=width, BLOCK=piece.columns, num_warps=piece.warps, **early()
         )
     return y
 

@@ -40,6 +40,7 @@ from isobatch.kernels.attention.triton_steps import (
     softmax_block,
     unseen_is_inert,
 )
+from isobatch.kernels.gpu.overlap import early, inputs_ready
 from isobatch.kernels.layout import PagedRows
 
 
@@ -105,6 +106,7 @@ def _attention_kernel(
     LISTED: tiles come from a list; otherwise requests have one query (SINGLE) and cdiv(G, HEIGHT) tiles each.
     MEET: a tile may hold several queries, of which some see keys that others do not.
     """
+    inputs_ready()
     item = tl.program_id(1)
     head = tl.program_id(0)
     if LISTED:
@@ -294,7 +296,7 @@ def _launch(
         block_stride=k.stride(0) if paged else 0, G=G, D=D, WIDTH=triton.next_power_of_2(D), ROWS=tile.rows,
         HEIGHT=height, PACKED=tile.packed,
         LISTED=not single, SINGLE=single, MEET=not single and height > (G if tile.packed else 1), PAGED=paged,
-        STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages, **extra,
+        STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages, **extra, **early(),
     )  # fmt: skip
 
 

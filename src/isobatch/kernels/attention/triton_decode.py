@@ -26,6 +26,7 @@ from isobatch.kernels.attention.triton_steps import (
     product,
     row_total,
 )
+from isobatch.kernels.gpu.overlap import early, inputs_ready
 from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
 
 
@@ -70,6 +71,7 @@ def _decode_kernel(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Axes: key/value head, request."""
+    inputs_ready()
     group, request = tl.program_id(0), tl.program_id(1)
     if requests is not None:
         request = tl.load(requests + request)
@@ -135,6 +137,6 @@ def attention_down(
             rows.requests(chosen), exponent_scale(scale), q.stride(0), q.stride(1), out.stride(0),
             rows.block_tables.stride(0),
             **group_shape(q, cache), WIDTH=triton.next_power_of_2(q.shape[2]),
-            STAGES=down.stages, num_warps=down.warps, num_stages=down.stages,
+            STAGES=down.stages, num_warps=down.warps, num_stages=down.stages, **early(),
         )  # fmt: skip
     return out

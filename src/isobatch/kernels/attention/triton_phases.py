@@ -34,6 +34,7 @@ from isobatch.kernels.attention.triton_steps import (
     row_total,
 )
 from isobatch.kernels.gpu.device import multiprocessors
+from isobatch.kernels.gpu.overlap import early, inputs_ready
 from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
 
 
@@ -45,6 +46,7 @@ def _scores_kernel(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Axes: first block, key/value head, request. scores [R, Hkv, B, 128, G], maxima [R, Hkv, B, G]."""
+    inputs_ready()
     group, item = tl.program_id(1), tl.program_id(2)
     request = item
     if requests is not None:
@@ -84,6 +86,7 @@ def _weights_kernel(
 ):  # fmt: skip
     """Axes: run of blocks, key/value head, request. weights [.., B, 128, HEADS], alphas [.., B, HEADS],
     sums [.., 4]."""
+    inputs_ready()
     group, item = tl.program_id(1), tl.program_id(2)
     request = item
     if requests is not None:
@@ -148,6 +151,7 @@ def _chain_kernel(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Axes: slice of columns, key/value head, request. Columns run down: acc is [SLICE, HEADS]."""
+    inputs_ready()
     group, item = tl.program_id(1), tl.program_id(2)
     request = item
     if requests is not None:
@@ -235,16 +239,16 @@ def attention_phases(
         q, cache.k, scores, small[0], rows.query_starts, rows.context_lengths, tables, requests,
         exponent_scale(scale), q.stride(0), q.stride(1), tables.stride(0), blocks,
         **shape, WIDTH=triton.next_power_of_2(D),
-        STAGES=phases.score_stages, num_warps=4, num_stages=phases.score_stages,
+        STAGES=phases.score_stages, num_warps=4, num_stages=phases.score_stages, **early(),
     )  # fmt: skip
     _weights_kernel[(-(-blocks // phases.run), kv_heads, R)](
         scores, small[0], weights, small[1], small[2:], rows.context_lengths, requests, blocks,
-        G=G, HEADS=heads, RUN=phases.run, LOOK=128, num_warps=1,
+        G=G, HEADS=heads, RUN=phases.run, LOOK=128, num_warps=1, **early(),
     )  # fmt: skip
     _chain_kernel[(-(-D // phases.columns), kv_heads, R)](
         weights, small[1], small[2:], cache.v, out, rows.query_starts, rows.context_lengths, tables,
         requests, out.stride(0), tables.stride(0), blocks,
         **shape, SLICE=phases.columns,
-        STAGES=phases.stages, num_warps=phases.warps, num_stages=phases.stages,
+        STAGES=phases.stages, num_warps=phases.warps, num_stages=phases.stages, **early(),
     )  # fmt: skip
     return out

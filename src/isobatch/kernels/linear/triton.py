@@ -21,10 +21,13 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from isobatch.kernels.gpu.device import multiprocessors
+from isobatch.kernels.gpu.overlap import early, inputs_ready, overlaps
 from isobatch.kernels.stock import DenseWeight
 
 _TMA_ALIGNMENT = 16
 _STAGED = 128 * 128  # numbers of a tile that go out through shared memory at once
+_AHEAD_ROWS = 64  # tiles with more rows keep the tensor cores busy, not the memory
+_AHEAD_BYTES = 1 << 16  # of weights that a program asks for before its inputs are ready
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,26 @@ def _tile_at(tile, M, N, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, GROUP: tl.co
 
 
 @triton.jit
+def _weights_ahead(w, n, N, w_stride, OUTPUTS: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr):
+    """Asks the second-level cache for the first PIECES * PIECE bytes of each weight row of a tile.
+
+    Weights are there before the inputs are: what the memory would do meanwhile is nothing.
+    """
+    if PIECES:
+        i = tl.arange(0, OUTPUTS * PIECES)
+        output = tl.minimum(n + i % OUTPUTS, N - 1)
+        at = (w + output.to(tl.int64) * w_stride).to(tl.int64) + i // OUTPUTS * PIECE
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; // $0",
+            "=r,l,r",
+            [at, tl.full((OUTPUTS * PIECES,), PIECE, tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def _store(y, bias, acc, m, n, M, N, y_stride, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
            WEIGHT_LEFT: tl.constexpr, BIASED: tl.constexpr):  # fmt: skip
     rows, outputs = m + tl.arange(0, ROWS), n + tl.arange(0, OUTPUTS)
@@ -92,9 +115,12 @@ def _linear_pointer_kernel(
     x, w, bias, y, M, N, K, x_stride, w_stride, y_stride,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     WEIGHT_LEFT: tl.constexpr, BIASED: tl.constexpr, WHOLE: tl.constexpr,
+    PIECES: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """One tile by ordinary copies: any strides, any N and K."""
     m, n = _tile_at(tl.program_id(0), M, N, ROWS, OUTPUTS, GROUP)
+    _weights_ahead(w, n, N, w_stride, OUTPUTS, PIECES, PIECE)
+    inputs_ready()
     rows, outputs, k = m + tl.arange(0, ROWS), n + tl.arange(0, OUTPUTS), tl.arange(0, DEPTH)
     # Beyond the edges row 0 and output 0 are read again: cheaper than a mask, and never stored.
     x_rows = x + tl.where(rows < M, rows, 0).to(tl.int64) * x_stride
@@ -132,11 +158,19 @@ def _store_tiles(y, bias, acc, m, n, N, OUTPUTS: tl.constexpr, PARTS: tl.constex
 
 @triton.jit(do_not_specialize=["M"])
 def _linear_tma_kernel(
-    x, w, bias, y, M, N, K,
+    x, w, weights, bias, y, M, N, K, w_stride,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     WEIGHT_LEFT: tl.constexpr, BIASED: tl.constexpr, PARTS: tl.constexpr,
+    PIECES: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """Tiles by the bulk copy engine, which fills with zeros beyond the edges and stores nothing there."""
+    """Tiles by the bulk copy engine, which fills with zeros beyond the edges and stores nothing there.
+
+    x, w and y are what that engine reads; `weights` is the address of w.
+    """
+    if PIECES:
+        _, first = _tile_at(tl.program_id(0), M, N, ROWS, OUTPUTS, GROUP)
+        _weights_ahead(weights, first, N, w_stride, OUTPUTS, PIECES, PIECE)
+    inputs_ready()
     tiles = tl.cdiv(M, ROWS) * tl.cdiv(N, OUTPUTS)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         m, n = _tile_at(tile, M, N, ROWS, OUTPUTS, GROUP)
@@ -152,6 +186,17 @@ def bulk_copyable(tensor: torch.Tensor) -> bool:
     step = tensor.stride(0) * tensor.element_size()
     inner = tensor.stride(1) == 1 and tensor.shape[1] * tensor.element_size() % _TMA_ALIGNMENT == 0
     return inner and step % _TMA_ALIGNMENT == 0 and tensor.data_ptr() % _TMA_ALIGNMENT == 0
+
+
+def _pieces_ahead(w: torch.Tensor, tile: Tile) -> tuple[int, int]:
+    """How many pieces of each weight row a program asks for ahead, and the bytes of one; or none."""
+    if not overlaps() or tile.rows > _AHEAD_ROWS or tile.resident or not bulk_copyable(w):
+        return 0, 0
+    pieces = max(1, 32 * tile.warps // tile.outputs)
+    row_bytes = w.shape[1] * w.element_size()
+    # Whole lines of the cache, and the same for every K that is no smaller.
+    piece = min(_AHEAD_BYTES // tile.outputs, row_bytes) // pieces // 128 * 128
+    return (pieces, piece) if piece else (0, 0)
 
 
 def linear_tile(
@@ -189,13 +234,17 @@ def linear_tile(
         "BIASED": bias is not None,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
+        **early(),
     }
+    shape["PIECES"], shape["PIECE"] = _pieces_ahead(w, tile)
     if tile.tma and bulk_copyable(x) and bulk_copyable(w) and bulk_copyable(y):
         x_tiles = TensorDescriptor.from_tensor(x, [tile.rows, tile.depth])
         w_tiles = TensorDescriptor.from_tensor(w, [tile.outputs, tile.depth])
         parts = max(1, tile.rows * tile.outputs // _STAGED)
         y_tiles = TensorDescriptor.from_tensor(y, [tile.rows, tile.outputs // parts])
-        _linear_tma_kernel[(programs,)](x_tiles, w_tiles, bias, y_tiles, M, N, K, **shape, PARTS=parts)
+        _linear_tma_kernel[(programs,)](
+            x_tiles, w_tiles, w, bias, y_tiles, M, N, K, w.stride(0), **shape, PARTS=parts
+        )  # fmt: skip
     else:
         strides = x.stride(0), w.stride(0), y.stride(0)
         whole = K % tile.depth == 0

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from isobatch.kernels.gpu.device import device
+from isobatch.kernels.gpu.overlap import early, inputs_ready
 from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
 
 _LANES = 256
@@ -46,6 +47,7 @@ def _router_kernel(
     x, w, logits, T, E, K, x_stride,
     ROWS: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
+    inputs_ready()
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     e = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
     lane = tl.arange(0, LANES)
@@ -69,6 +71,7 @@ def _choose_kernel(
     ACTIVE: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, RENORMALISE: tl.constexpr,
 ):  # fmt: skip
     """One chunk of tokens: the chosen experts ascending, their weights, and each copy's rank in the chunk."""
+    inputs_ready()
     chunk = tl.program_id(0)
     t, e = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, EXPERTS)
     inside = (t < T)[:, None] & (e < E)[None, :]
@@ -115,6 +118,7 @@ def _place_kernel(
     MOST_TILES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Where each copy of one chunk goes; the first program also lists the tiles of the grouped products."""
+    inputs_ready()
     chunk = tl.program_id(0)
     e, line = tl.arange(0, EXPERTS), tl.arange(0, BLOCK)
     total, before = tl.zeros((EXPERTS,), tl.int32), tl.zeros((EXPERTS,), tl.int32)
@@ -194,6 +198,7 @@ def router_logits(x: torch.Tensor, router: torch.Tensor, tile: tuple[int, int] |
         EXPERTS=experts,
         LANES=_LANES,
         num_warps=2 if experts == 1 else 4,
+        **early(),
     )
     return logits
 
@@ -222,11 +227,11 @@ def route(logits: torch.Tensor, active: int, tile_rows: int, *, renormalise: boo
     weights = torch.empty(T, active, dtype=torch.float32, device=device())
     _choose_kernel[(chunks,)](
         logits, experts, weights, ranks, counts, T, E, _LOG2_E,
-        ACTIVE=active, EXPERTS=padded, CHUNK=chunk, RENORMALISE=renormalise, num_warps=warps,
+        ACTIVE=active, EXPERTS=padded, CHUNK=chunk, RENORMALISE=renormalise, num_warps=warps, **early(),
     )  # fmt: skip
     _place_kernel[(chunks,)](
         experts, ranks, counts, rows, tokens, starts, tile_experts, tile_starts, T, chunks,
         ACTIVE=active, EXPERTS=padded, CHUNK=chunk, ROWS=tile_rows, MOST_TILES=most_tiles, BLOCK=16,
-        num_warps=warps,
+        num_warps=warps, **early(),
     )  # fmt: skip
     return Routing(weights, rows, tokens, starts[1], tile_experts, tile_starts)

@@ -19,6 +19,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from isobatch.kernels.gpu.device import INTERPRETED
+from isobatch.kernels.gpu.overlap import early, inputs_ready
 from isobatch.kernels.gpu.ptx import ex2, fma, mul
 from isobatch.kernels.moe.experts import Experts
 from isobatch.kernels.moe.routing import Routing, route, router_logits
@@ -72,6 +73,7 @@ def _gate_up_kernel(
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, WEIGHT_LEFT: tl.constexpr,
 ):  # fmt: skip
     """One tile of silu(gate) * up, its rows gathered from the batch."""
+    inputs_ready()
     across = tl.cdiv(INNER, OUTPUTS)
     tile, n = tl.program_id(0) // across, tl.program_id(0) % across * OUTPUTS
     expert = tl.load(tile_experts + tile)
@@ -117,6 +119,7 @@ def _down_kernel(
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, WEIGHT_LEFT: tl.constexpr,
 ):  # fmt: skip
     """One tile of the second product; its rows lie together already."""
+    inputs_ready()
     across = tl.cdiv(WIDTH, OUTPUTS)
     tile, n = tl.program_id(0) // across, tl.program_id(0) % across * OUTPUTS
     expert = tl.load(tile_experts + tile)
@@ -132,6 +135,7 @@ def _down_kernel(
 
 @triton.jit
 def _combine_kernel(y, weights, rows, out, WIDTH, ACTIVE: tl.constexpr, COLUMNS: tl.constexpr):
+    inputs_ready()
     t, column = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     acc = tl.zeros((COLUMNS,), tl.float32)
     for s in tl.static_range(ACTIVE):
@@ -167,14 +171,14 @@ def grouped(
         x, gate_up, h, routing.tokens, routing.ends, routing.tile_experts, routing.tile_rows,
         x.stride(0), inner, K,
         ROWS=up.rows, OUTPUTS=up.outputs, DEPTH=up.depth, WEIGHT_LEFT=up.weight_left,
-        num_warps=up.warps, num_stages=up.stages,
+        num_warps=up.warps, num_stages=up.stages, **early(),
     )  # fmt: skip
     second = experts.down.dense.view(E * K, inner)
     down_weight = TensorDescriptor.from_tensor(second, [down.outputs, down.depth])
     _down_kernel[(most * triton.cdiv(K, down.outputs),)](
         h, down_weight, y, routing.ends, routing.tile_experts, routing.tile_rows, K, inner,
         ROWS=down.rows, OUTPUTS=down.outputs, DEPTH=down.depth, WEIGHT_LEFT=down.weight_left,
-        num_warps=down.warps, num_stages=down.stages,
+        num_warps=down.warps, num_stages=down.stages, **early(),
     )  # fmt: skip
     return y
 
@@ -186,7 +190,7 @@ def combine(y: torch.Tensor, routing: Routing) -> torch.Tensor:
     out = torch.empty(T, K, dtype=y.dtype, device=y.device)
     columns = min(1024, triton.next_power_of_2(K))
     _combine_kernel[(T, triton.cdiv(K, columns))](
-        y, routing.weights, routing.rows, out, K, ACTIVE=active, COLUMNS=columns, num_warps=4
+        y, routing.weights, routing.rows, out, K, ACTIVE=active, COLUMNS=columns, num_warps=4, **early()
     )
     return out
 

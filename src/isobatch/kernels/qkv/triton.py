@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from isobatch.kernels.gpu.overlap import early, inputs_ready
 from isobatch.kernels.gpu.rows import fold, inverse_root_mean, rotated, scaled, squares
 from isobatch.kernels.layout import PAGE, PagedRows
 
@@ -89,6 +90,7 @@ def _qk_norm_rotary_write_kernel(
     BLOCK: tl.constexpr,
     NORM: tl.constexpr,
 ):
+    inputs_ready()
     t, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     Q_PARTS: tl.constexpr = (H + HEADS - 1) // HEADS
     KV_PARTS: tl.constexpr = (HKV + HEADS - 1) // HEADS
@@ -167,6 +169,7 @@ def qk_norm_rotary_write_tiled(
             BLOCK=triton.next_power_of_2(D // 2),
             NORM=q_weight is not None,
             num_warps=warps,
+            **early(),
         )
     return q
 

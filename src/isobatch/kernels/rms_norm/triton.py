@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from isobatch.kernels.gpu.overlap import early, inputs_ready
 from isobatch.kernels.gpu.rows import fold, inverse_root_mean, scaled, squares
 
 
@@ -49,6 +50,7 @@ def _rms_norm_kernel(
     ROWS: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
+    inputs_ready()
     r = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     c = tl.arange(0, BLOCK)[None, :]
     inside = (r < T) & (c < K)
@@ -97,6 +99,7 @@ def rms_norm_tiled(
             ROWS=tile.rows,
             RESIDUAL=residual is not None,
             num_warps=tile.warps,
+            **early(),
         )
     return y, total
 
