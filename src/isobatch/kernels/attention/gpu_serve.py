@@ -119,7 +119,7 @@ class Attention:
             down = Down(4, 3 if D <= _WIDE else 1)
             attention_down(q, cache, rows, scale, down=down, chosen=chosen, out=out)
         else:
-            tile = Tile(16, 2 if context <= 256 else 4, 2 if D <= _WIDE else 1, packed=True)
+            tile = Tile(16, 2, 2, packed=True) if D <= _WIDE else Tile(16, 4, 1, packed=True)
             attention_tiled(q, cache, rows, scale, tile=tile, chosen=chosen, out=out)
 
     def _chunks(

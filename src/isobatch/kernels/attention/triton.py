@@ -152,8 +152,8 @@ def _attention_kernel(
     acc = tl.zeros((ROWS, WIDTH), tl.float32)
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     lanes = tl.zeros((ROWS, 4), tl.float32)
-    if not (SINGLE or MEET):
-        # The canonical member: one loop, always masked.
+    if not MEET:
+        # One loop, so that the last block's keys are on their way while the ones before are worked on.
         acc, m, lanes = _attend_blocks(
             acc, m, lanes, qs, k, v, table, group, 0, keys, position, keys, block_stride, c,
             D, WIDTH, ROWS, True, False, PAGED, STAGES,
@@ -184,7 +184,6 @@ class Tile:
         stages: of the pipeline.
         packed: whether a tile holds the heads of a group, query after query, or queries of one head.
         height: rows that are used; None for all.
-        registers: upper bound per thread; None for the compiler's choice.
     """
 
     rows: int
@@ -192,7 +191,6 @@ class Tile:
     stages: int
     packed: bool
     height: int | None = None
-    registers: int | None = None
 
 
 def attention_tiled(
@@ -288,15 +286,15 @@ def _launch(
         items = tiles.shape[1]
     if not items:
         return
-    extra = {} if tile.registers is None else {"maxnreg": tile.registers}
+    meet = not single and height > (G if tile.packed else 1)
     _attention_kernel[(H // G if tile.packed else H, items)](
         q, k, v, out, rows.query_starts, rows.context_lengths, tables, requests, tiles,
         exponent_scale(scale), q.stride(0), q.stride(1), out.stride(0), tables.stride(0) if paged else 0,
         items,
         block_stride=k.stride(0) if paged else 0, G=G, D=D, WIDTH=triton.next_power_of_2(D), ROWS=tile.rows,
         HEIGHT=height, PACKED=tile.packed,
-        LISTED=not single, SINGLE=single, MEET=not single and height > (G if tile.packed else 1), PAGED=paged,
-        STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages, **extra, **early(),
+        LISTED=not single, SINGLE=single, MEET=meet, PAGED=paged,
+        STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages, **early(),
     )  # fmt: skip
 
 

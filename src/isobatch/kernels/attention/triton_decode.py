@@ -32,12 +32,12 @@ from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
 
 @triton.jit
 def _decode_blocks(
-    acc, m, lanes, q, k, v, table, group, begin, end, context, block_stride, c,
-    D: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, MASK: tl.constexpr, STAGES: tl.constexpr,
+    acc, m, lanes, q, k, v, table, group, context, block_stride, c,
+    D: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     inside = (tl.arange(0, WIDTH) < D)[None, :]
-    pages = pages_of(table, begin, context)
-    for start in tl.range(begin, end, SPAN, num_stages=STAGES):
+    pages = pages_of(table, 0, context)
+    for start in tl.range(0, context, SPAN, num_stages=STAGES):
         seen = (start + tl.arange(0, SPAN) < context)[:, None]
         at = page_rows(pages, block_stride, group * (PAGE * D), D, 0, WIDTH)
         pages = pages_of(table, start + SPAN, context)
@@ -46,18 +46,12 @@ def _decode_blocks(
         else:
             kj = tl.load(k + at, mask=inside, other=0.0)
         x = mul(product(kj, tl.trans(q), None), tl.full((SPAN, HEADS), 0.0, tl.float32) + c)
-        if MASK:
-            x = tl.where(seen, x, float("-inf"))
+        x = tl.where(seen, x, float("-inf"))
         top = tl.maximum(m, tl.max(x, 0))
         p = ex2(sub(x, tl.broadcast_to(top[None, :], (SPAN, HEADS))))
         alpha = ex2(sub(m, top))
         m = top
-        if MASK:
-            vj = tl.load(v + at, mask=seen & inside, other=0.0)
-        elif WIDTH == D:
-            vj = tl.load(v + at)
-        else:
-            vj = tl.load(v + at, mask=inside, other=0.0)
+        vj = tl.load(v + at, mask=seen & inside, other=0.0)
         acc = product(tl.trans(vj), p.to(v.dtype.element_ty), acc * alpha[None, :])
         lanes = fma(lanes, tl.broadcast_to(alpha[:, None], (HEADS, 4)), lane_sums_down(p, HEADS))
     return acc, m, lanes
@@ -87,15 +81,10 @@ def _decode_kernel(
     m = tl.full((HEADS,), float("-inf"), tl.float32)
     lanes = tl.zeros((HEADS, 4), tl.float32)
     if context > 0:
-        whole = context // SPAN * SPAN
+        # One loop, so that the last block's keys are on their way while the ones before are worked on.
         acc, m, lanes = _decode_blocks(
-            acc, m, lanes, qs, k, v, table, group, 0, whole, context, block_stride, c,
-            D, WIDTH, HEADS, False, STAGES,
-        )  # fmt: skip
-        acc, m, lanes = _decode_blocks(
-            acc, m, lanes, qs, k, v, table, group, whole, context, context, block_stride, c,
-            D, WIDTH, HEADS, True, 1,
-        )  # fmt: skip
+            acc, m, lanes, qs, k, v, table, group, context, block_stride, c, D, WIDTH, HEADS, STAGES
+        )
     result = tl.where(context > 0, acc / row_total(lanes, HEADS)[None, :], 0.0)
     to = row * out_row + ((group * G + h) * D)[None, :] + d[:, None]
     tl.store(out + to, result.to(out.dtype.element_ty), mask=(h < G)[None, :] & (d < D)[:, None])
