@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from isobatch.cli import bench_serve, main
-from isobatch.cli.bench_serve import Workload
+from isobatch.cli.workloads import Workload
 from isobatch.engine.engine import Engine
 from isobatch.engine.runner import Runner
 from isobatch.errors import IntegrityError

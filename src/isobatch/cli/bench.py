@@ -33,6 +33,14 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         choices=_SECTIONS,
         help="of bench gpu, these parts alone (results: gpu-PART.json)",
     )
+    parser.add_argument(
+        "--beside",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="of bench serve, times of other engines to compare with, as scripts/serve_vllm.py keeps them",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
 
 
@@ -44,15 +52,20 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises:
         MissingDependencyError: transformers is not installed.
-        ConfigError: repeats below 1, or parts of a bench that has none.
+        ConfigError: repeats below 1, parts of a bench that has none, or a bad file to compare with.
     """
-    from isobatch.cli import results
+    from isobatch.cli import beside, machine, results
     from isobatch.errors import ConfigError
 
     if arguments.repeats < 1:
         raise ConfigError("bench: bad --repeats", expected="1 or more", got=arguments.repeats)
     if arguments.only and arguments.target != "gpu":
         raise ConfigError("bench: --only", expected="bench gpu", got=f"bench {arguments.target}")
+    if arguments.beside and arguments.target != "serve":
+        raise ConfigError("bench: --beside", expected="bench serve", got=f"bench {arguments.target}")
+    sides = []
+    if arguments.beside:  # read before minutes are spent
+        sides = beside.read(arguments.beside, machine.gpu_name())
     console = Console(stderr=True)
     with console.status("checking the bits") as status:
         tell = status.update if console.is_terminal else console.log
@@ -64,6 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print(json.dumps({"gate": failures}))
         return _RED_GATE
+    if sides:
+        report = beside.merged(report, sides)
     path = arguments.out or _RESULTS / f"{'-'.join([arguments.target, *(arguments.only or ())])}.json"
     results.write(path, report)
     (_print_gpu if on_gpu else _print_cpu)(Console(stderr=arguments.json), report)
@@ -137,3 +152,7 @@ def _print_gpu(console: Console, report: dict[str, Any]) -> None:
         color = "green" if goal["met"] else "red"
         table.add_row(goal["what"], f"[{color}]{goal['value']:.3f}[/]", f"{goal['goal']:.2f}")
     console.print(table)
+    if "beside" in report:
+        from isobatch.cli import beside
+
+        console.print(beside.table(report))

@@ -5,10 +5,8 @@ Each workload runs twice, and the second run counts: kernels are compiled and gr
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 
 from isobatch.cli.bench_gpu import ceilings
 from isobatch.cli.goals import Goal, Point, at_least, at_most
+from isobatch.cli.workloads import MODEL, WORKLOADS, Workload
 from isobatch.config import EngineConfig
 from isobatch.engine.backend import make_ops, open_model
 from isobatch.engine.engine import Engine
@@ -26,57 +25,9 @@ from isobatch.kernels.layout import PAGE
 from isobatch.models.config import ModelConfig
 from isobatch.models.loading import load_decoder
 
-MODEL = "qwen3-8b"
 _KV_TOKENS = 300_000
 _GATE_TOKENS = 48
 
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """Requests that all come at once.
-
-    Args:
-        requests: how many.
-        prompt: their prompts' lengths, least and most.
-        reply: their replies' lengths, least and most.
-        goal: seconds for all, at most; 0 where the goal is a rate.
-        rate: new tokens per second, at least; 0 where the goal is a time.
-    """
-
-    requests: int
-    prompt: tuple[int, int]
-    reply: tuple[int, int]
-    goal: float = 0.0
-    rate: float = 0.0
-
-    @property
-    def name(self) -> str:
-        """As tables have it."""
-        prompt, reply = (str(a) if a == b else f"{a}..{b}" for a, b in (self.prompt, self.reply))
-        return f"{self.requests} x {prompt} in, {reply} out"
-
-    def asks(self, vocabulary: int) -> list[tuple[list[int], SamplingParams]]:
-        """Prompts and parameters, the same each time."""
-        draw = random.Random(self.name)
-        return [
-            (
-                [draw.randrange(vocabulary) for _ in range(draw.randint(*self.prompt))],
-                SamplingParams(temperature=0, max_tokens=draw.randint(*self.reply), ignore_eos=True),
-            )
-            for _ in range(self.requests)
-        ]
-
-
-WORKLOADS = (
-    Workload(1000, (64, 192), (90, 110), goal=6.2),
-    Workload(1, (128, 128), (256, 256), rate=230),
-    Workload(8, (128, 128), (256, 256), rate=1700),
-    Workload(32, (1024, 1024), (256, 256), rate=3700),
-    Workload(128, (1024, 1024), (128, 128), rate=3900),
-    Workload(8, (6000, 6000), (64, 64), rate=320),
-    Workload(64, (4000, 4000), (16, 16), rate=160),
-)
-"""What vLLM was measured on."""
 GATE = Workload(41, (30, 900), (8, 60))
 """A prompt, and those among which its copies must not change."""
 

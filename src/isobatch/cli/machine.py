@@ -61,6 +61,11 @@ def _gpu() -> dict[str, str | int]:
     }
 
 
+def gpu_name() -> str | None:
+    """What the first GPU calls itself, None where there is none."""
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """What the processor calls itself."""
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
