@@ -37,6 +37,22 @@ def test_every_member_compiles_and_could_be_launched() -> None:
     assert ran.stdout.count("kernels, at most") >= 30
 
 
+_HASTY = """
+from tests import compile_gpu_kernels as script
+compiled = script._compile_only()
+import torch
+from isobatch.kernels.embedding.triton import _embedding_kernel
+ids, table = torch.zeros(1, dtype=torch.int64), torch.zeros(4, 64, dtype=torch.bfloat16)
+_embedding_kernel[(1, 1)](ids, table, table, 64, K=64, BLOCK=64, launch_pdl=True)
+print(script.touches_too_early(compiled[0].asm["ptx"]))
+"""
+
+
+def test_a_kernel_that_is_launched_early_and_does_not_wait_is_found() -> None:
+    ran = _run("-c", _HASTY)
+    assert (ran.returncode, ran.stdout) == (0, "True\n"), ran.stderr
+
+
 def test_a_tile_that_wants_too_much_shared_memory_is_found() -> None:
     ran = _run("-c", _TOO_LARGE)
     assert ran.returncode == 0, ran.stderr

@@ -51,7 +51,7 @@ def test_library_algorithms_that_do_not_split_are_members(biased: bool) -> None:
         rows
         for rows in (16, 256, 8192)
         for rank in range(members.RANKS)
-        if serving.certified(shape, f"lt{rows}.{rank}", rows)
+        if serving.refusal(shape, f"lt{rows}.{rank}", rows) is None
     ]
     assert {16, 256, 8192} == set(admitted)
 
@@ -70,7 +70,7 @@ def _no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_library_member_that_fails_certification_is_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serving, "certified", lambda _shape, _name, _rows: False)
+    monkeypatch.setattr(serving, "refusal", lambda _shape, _name, _rows: "other bits")
     linear = planned(tmp_path, LIBRARY, OWN)
     drawn = case(SMALL, "wide", 5)
     got = linear(drawn.per_row["x"], drawn.shared["weight"])
@@ -85,11 +85,10 @@ def test_certificates_are_kept_and_a_damaged_file_counts_as_none(
 ) -> None:
     asked: list[str] = []
 
-    def certified(_shape: Shape, name: str, _rows: int) -> bool:
+    def refusal(_shape: Shape, name: str, _rows: int) -> None:
         asked.append(name)
-        return True
 
-    monkeypatch.setattr(serving, "certified", certified)
+    monkeypatch.setattr(serving, "refusal", refusal)
     path = tmp_path / "certificates.json"
     for _ in range(2):
         certificates = Certificates(path)

@@ -122,11 +122,20 @@ def test_float32_models_are_refused_on_a_gpu() -> None:
         GpuOps(torch.float32, (2, 1, 16))
 
 
-def test_float32_rows_are_refused_by_every_door_of_linear() -> None:
+def test_float32_rows_meet_no_16_bit_weights() -> None:
     x, weight = to_device(floats("refused/x", 3, 64)), to_device(floats("refused/w", 8, 64))
     ops = GpuOps(dtypes()[0], (2, 1, 16))
     with pytest.raises(UnsupportedOpError, match="linear: no certified kernel for x"):
         ops.linear(x, DenseWeight(weight.to(dtypes()[0])))
-    # The launcher behind the door too: Triton's own default for float32 would be TF32.
-    with pytest.raises(UnsupportedOpError, match=r"linear: no certified kernel .*got torch\.float32"):
-        Linear()(x, DenseWeight(weight))
+
+
+@pytest.mark.parametrize("rows", [1, 16, 33])
+def test_float32_linear_keeps_all_24_bits(rows: int) -> None:
+    """Factors that TF32 would round, whose products and sums are exact in float32, and so have one result."""
+    x = to_device(1 + 2.0**-11 * floats("exact/x", rows, 64).sign())
+    weight = to_device(floats("exact/w", 40, 64).sign())
+    exact = torch.nn.functional.linear(x.double(), weight.double())
+    got = Linear()(x, DenseWeight(weight))
+    assert bits_equal(got, exact.float())
+    rounded = (x.view(torch.int32) & ~((1 << 13) - 1)).view(torch.float32)  # as TF32 keeps it
+    assert not bits_equal(got, torch.nn.functional.linear(rounded.double(), weight.double()).float())

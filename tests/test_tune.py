@@ -63,19 +63,19 @@ def test_what_is_tried_is_certified_timed_and_the_fastest_kept(monkeypatch: pyte
         return [10.0 - at for at in range(len(sides))]  # the last tried is the fastest
 
     monkeypatch.setattr(tuning, "microseconds", stopwatch)
-    monkeypatch.setattr(tuning, "certified", lambda _shape, name, _rows: name != "lt8.0")
+    monkeypatch.setattr(tuning, "refusal", lambda _shape, name, _rows: "bits" if name == "lt8.0" else None)
     shape = Shape(48, 64, dtypes()[0], dtypes()[0])
     tried = Search(lambda _shape, _rows: ["16x32x32.4.2w", "lt8.0", "lt8.1"], rounds=5, few_copies=True)
     short, long = tuning.tune(shape, (8, 512), search=tried)
     assert short.entry() == (8, ("lt8.1", "16x32x32.4.2w"))
-    assert short.refused == ("lt8.0",)
+    assert short.refused == {"lt8.0": "bits"}
     assert short.torch_us == 10
     assert timed == [(16, 5), (2, 3)]
     assert long.rows == 512
 
 
 def test_where_no_tile_of_ours_was_tried_the_default_is_kept_to_fall_back_on() -> None:
-    assert Trial(8, 1.0, (("lt8.1", 1.0), ("lt8.0", 2.0)), ()).entry() == (8, ("lt8.1", "lt8.0", default(8)))
+    assert Trial(8, 1.0, (("lt8.1", 1.0), ("lt8.0", 2.0)), {}).entry() == (8, ("lt8.1", "lt8.0", default(8)))
 
 
 def fake(tuned: list[tuple[str, Search]], fails_at: int = 99) -> Callable[..., list[Trial]]:
@@ -85,7 +85,7 @@ def fake(tuned: list[tuple[str, Search]], fails_at: int = 99) -> Callable[..., l
         tuned.append((shape.key, search))
         for rows in BUCKETS:
             progress(rows)
-        return [Trial(rows, 2.0, ((default(rows), 1.0),), ()) for rows in BUCKETS]
+        return [Trial(rows, 2.0, ((default(rows), 1.0),), {}) for rows in BUCKETS]
 
     return tune
 

@@ -219,10 +219,6 @@ SECTIONS = {
     "linear": Section(("linear",), linear_points, summary),
     "attention": Section(("attention",), attention_points, attention_summary),
     "moe": Section(("moe",), moe_points, moe_summary),
-    "rows": Section(
-        tuple(name for name in GPU_RECORDS if name not in ("linear", "attention", "moe")),
-        row_points,
-        row_summary,
-    ),
+    "rows": Section(("rms_norm", "silu_and_mul", "rotary"), row_points, row_summary),
 }
 """The parts of the bench, by the names that `isobatch bench gpu --only` takes."""

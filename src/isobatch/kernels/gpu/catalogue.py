@@ -6,6 +6,7 @@ from isobatch.kernels.activation.gpu_record import SILU_AND_MUL
 from isobatch.kernels.attention.gpu_record import ATTENTION_GPU
 from isobatch.kernels.embedding.gpu_record import EMBEDDING
 from isobatch.kernels.linear.gpu_record import LINEAR
+from isobatch.kernels.linear.gpu_record_float32 import LINEAR_FLOAT32
 from isobatch.kernels.log_probs.gpu_record import LOG_SOFTMAX, TOP_LOG_PROBS
 from isobatch.kernels.moe.gpu_record import MOE
 from isobatch.kernels.qkv.gpu_record import QK_NORM_ROTARY_WRITE
@@ -19,6 +20,7 @@ GPU_RECORDS: dict[str, OpRecord] = {
     for record in (
         EMBEDDING,
         LINEAR,
+        LINEAR_FLOAT32,
         RMS_NORM,
         ROTARY,
         QK_NORM_ROTARY_WRITE,

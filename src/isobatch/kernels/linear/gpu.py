@@ -26,6 +26,7 @@ from isobatch.kernels.linear.cublaslt import version
 from isobatch.kernels.linear.gpu_record import forget, record_for
 from isobatch.kernels.linear.members import Launcher, Shape
 from isobatch.kernels.linear.triton import linear_tile
+from isobatch.kernels.linear.triton_float32 import linear_float32
 from isobatch.kernels.registry import Member
 from isobatch.kernels.stock import STOCK, DenseWeight
 
@@ -57,7 +58,7 @@ class Certificates:
         """Whether a member gives the class's bits at this shape, for the row counts of this bucket."""
         key = f"{shape.key}{'.bias' if shape.biased else ''} {name} {rows}"
         if key not in self._verdicts:
-            self._verdicts[key] = certified(shape, name, rows)
+            self._verdicts[key] = refusal(shape, name, rows) is None
         return self._verdicts[key]
 
     def keep(self) -> None:
@@ -78,18 +79,22 @@ def _machine() -> list[str]:
     return [torch.cuda.get_device_name(device()), torch.__version__, triton.__version__, str(version())]
 
 
-def certified(shape: Shape, name: str, rows: int) -> bool:
-    """Runs the certification of one member at the row counts that one bucket serves.
+def refusal(shape: Shape, name: str, rows: int) -> str | None:
+    """Certifies one member at the row counts that one bucket serves.
 
     Args:
         shape: the fixed axes.
         name: the member.
         rows: the bucket's most rows.
+
+    Returns:
+        Why it is no member here, with the first differing element if there is one; None for a member.
     """
     launch = members.launcher(name, shape)
     if launch is None:
-        return False
-    return certify(record_for(shape), Member(name, launch, STOCK), row_counts(rows)).member
+        return "the library has no such algorithm here"
+    verdict = certify(record_for(shape), Member(name, launch, STOCK), row_counts(rows))
+    return None if verdict.member else str(verdict)
 
 
 def row_counts(most: int) -> tuple[int, ...]:
@@ -123,12 +128,15 @@ class Linear:
         """x W^T + bias, [M, N].
 
         Raises:
-            UnsupportedOpError: x is neither bfloat16 nor float16. A tensor core would round float32 to TF32.
+            UnsupportedOpError: x is neither bfloat16, float16 nor float32.
 
         Determinism:
             Row m depends on x[m], the weight and the bias alone: the plan chooses within one bit class.
+            Float32 is a class of its own, without a plan or a tensor core, which would round it to TF32.
         """
         out_dtype = out_dtype or x.dtype
+        if x.dtype == out_dtype == torch.float32:
+            return linear_float32(x, weight, bias)
         shape = Shape(weight.outputs, weight.inputs, x.dtype, out_dtype, bias is not None)
         chosen = self._chosen.get((shape, plans.bucket(len(x))))
         launch = chosen or self._launcher(shape, plans.bucket(len(x)))

@@ -14,7 +14,7 @@ from isobatch.kernels import plan as plans
 from isobatch.kernels.gpu.device import device
 from isobatch.kernels.gpu.timing import Work, microseconds
 from isobatch.kernels.linear import stock
-from isobatch.kernels.linear.gpu import certified
+from isobatch.kernels.linear.gpu import refusal
 from isobatch.kernels.linear.gpu_record import case, forget
 from isobatch.kernels.linear.members import RANKS, Shape, default, launcher
 from isobatch.kernels.linear.nearest import promising
@@ -94,13 +94,13 @@ class Trial:
         rows: the bucket.
         torch_us: torch's own linear, microseconds.
         times: every certified candidate's time, fastest first.
-        refused: candidates that are not members here, or that cannot run.
+        refused: candidates that are not members here, or that cannot run, and why.
     """
 
     rows: int
     torch_us: float
     times: tuple[tuple[str, float], ...]
-    refused: tuple[str, ...]
+    refused: dict[str, str]
 
     def entry(self) -> tuple[int, tuple[str, ...]]:
         """The plan's entry: the fastest, the next, and at least one tile of ours to fall back on."""
@@ -157,10 +157,11 @@ def tune(
 
 def _try(shape: Shape, rows: int, x: torch.Tensor, weights: Sequence[DenseWeight], search: Search) -> Trial:
     sides: list[tuple[str, Work]] = [("torch", lambda i: stock.linear(x, weights[i % len(weights)]))]
-    refused = []
+    refused = {}
     for name in search.candidates(shape, rows):
-        if not _runs(name, shape, rows):
-            refused.append(name)
+        reason = _refusal(name, shape, rows)
+        if reason is not None:
+            refused[name] = reason
             continue
         launch: Any = launcher(name, shape)
         sides.append((name, lambda i, f=launch: f(x, weights[i % len(weights)], None, shape.out_dtype)))  # type: ignore[misc]
@@ -169,15 +170,15 @@ def _try(shape: Shape, rows: int, x: torch.Tensor, weights: Sequence[DenseWeight
     copies, rounds = (len(weights), search.rounds) if short else (2, -(-search.rounds // 2))
     times = microseconds([work for _, work in sides], copies, rounds=rounds)
     timed = [(name, us) for (name, _), us in zip(sides, times, strict=True)]
-    return Trial(rows, timed[0][1], tuple(sorted(timed[1:], key=lambda pair: pair[1])), tuple(refused))
+    return Trial(rows, timed[0][1], tuple(sorted(timed[1:], key=lambda pair: pair[1])), refused)
 
 
-def _runs(name: str, shape: Shape, rows: int) -> bool:
-    """Whether a candidate is a member here; one that asks for too much shared memory, say, is not."""
+def _refusal(name: str, shape: Shape, rows: int) -> str | None:
+    """Why a candidate is no member here, which may be that it asks for too much shared memory; or None."""
     from triton.runtime.errors import OutOfResources
 
     try:
-        return certified(shape, name, rows)
-    except (OutOfResources, UnsupportedOpError):
+        return refusal(shape, name, rows)
+    except (OutOfResources, UnsupportedOpError) as error:
         torch.cuda.synchronize(device())
-        return False
+        return f"{type(error).__name__}: {error}"

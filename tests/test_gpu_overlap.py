@@ -1,0 +1,104 @@
+"""Kernels that are launched early wait for the ones before: tried on a GPU, in graphs, many times over.
+
+Elsewhere the code of every kernel is read for it (`tests/test_gpu_compile.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from isobatch.bits import bits_equal
+from isobatch.kernels.activation.triton import silu_and_mul
+from isobatch.kernels.data import floats
+from isobatch.kernels.gpu.device import device
+from isobatch.kernels.gpu.overlap import early, inputs_ready, overlaps
+from isobatch.kernels.linear.members import tile_named
+from isobatch.kernels.linear.triton import linear_tile
+from isobatch.kernels.rms_norm.triton import rms_norm
+from isobatch.kernels.stock import DenseWeight
+
+pytestmark = pytest.mark.skipif(not overlaps(), reason="no GPU, or none that launches a kernel early")
+_WIDTH, _LINKS, _REPLAYS = 1024, 40, 20
+Step = Callable[[torch.Tensor], torch.Tensor]
+
+
+@triton.jit
+def _copy_kernel(x, y, COUNT: tl.constexpr, WAITS: tl.constexpr):
+    if WAITS:
+        inputs_ready()
+    at = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
+    tl.store(y + at, tl.load(x + at))
+
+
+def _copied(x: torch.Tensor, *, waits: bool) -> torch.Tensor:
+    y = torch.empty_like(x)
+    _copy_kernel[(x.numel() // 1024,)](x, y, COUNT=1024, WAITS=waits, **early())
+    return y
+
+
+def _steps(rows: int) -> list[Step]:
+    """One link of a chain: what a layer does, without attention."""
+    tile = tile_named("16x64x128.4.8w" if rows <= 16 else "128x128x64.4.5tp1")
+    wide, narrow = (
+        DenseWeight((floats(f"overlap/{n}", n, k, kind="plain") / k**0.5).to(device(), torch.bfloat16))
+        for n, k in ((2 * _WIDTH, _WIDTH), (_WIDTH, _WIDTH))
+    )
+    scale = torch.ones(_WIDTH, dtype=torch.bfloat16, device=device())
+    return [
+        lambda x: rms_norm(x, scale, 1e-6)[0],
+        lambda x: linear_tile(x, wide, tile=tile),
+        silu_and_mul,
+        lambda x: linear_tile(x, narrow, tile=tile),
+    ]
+
+
+def _differs_in_a_graph(steps: list[Step], rows: int) -> bool:
+    """Whether a recorded chain ever gives other bits than its kernels one by one, each awaited."""
+    x = floats("overlap/x", rows, _WIDTH, kind="plain").to(device(), torch.bfloat16)
+
+    def chain(wait: bool) -> torch.Tensor:
+        y = x
+        for step in steps * _LINKS:
+            y = step(y)
+            if wait:
+                torch.cuda.synchronize()
+        return y
+
+    expected = chain(wait=True).clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = chain(wait=False)
+    other = floats("overlap/other", rows, _WIDTH, kind="plain").to(device(), torch.bfloat16)
+    for _ in range(_REPLAYS):
+        # Between two runs of the same numbers one of others, so that what is stale is also wrong.
+        kept = x.clone()
+        x.copy_(other)
+        graph.replay()
+        x.copy_(kept)
+        graph.replay()
+        torch.cuda.synchronize()
+        if not bits_equal(got, expected):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("rows", [1, 16, 300, 4096])
+def test_a_chain_in_a_graph_gives_the_bits_of_kernels_one_by_one(rows: int) -> None:
+    assert not _differs_in_a_graph(_steps(rows), rows)
+
+
+@pytest.mark.parametrize("rows", [300, 4096])
+def test_control_a_kernel_that_does_not_wait_is_caught(rows: int) -> None:
+    def hasty(x: torch.Tensor) -> torch.Tensor:
+        return _copied(x, waits=False)
+
+    def patient(x: torch.Tensor) -> torch.Tensor:
+        return _copied(x, waits=True)
+
+    assert not _differs_in_a_graph([*_steps(rows), patient], rows)
+    assert _differs_in_a_graph([*_steps(rows), hasty], rows)
