@@ -99,7 +99,7 @@ def test_red_gate_prints_no_figure(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = Member("other", lambda gate_up: SILU_AND_MUL.canonical.function(-gate_up), STOCK)
-    record = replace(SILU_AND_MUL, members=(*SILU_AND_MUL.members, other))
+    record = replace(SILU_AND_MUL, members=(*SILU_AND_MUL.members, other), variants=("wide/bf16",))
     monkeypatch.setattr(bench_gpu, "GPU_RECORDS", {record.name: record})
     monkeypatch.setattr(bench_gpu, "measure", lambda *_: pytest.fail("measured"))
     monkeypatch.setattr(device, "INTERPRETED", False)

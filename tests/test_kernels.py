@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +58,12 @@ def test_no_certificate_on_data_that_cannot_differ(monkeypatch: pytest.MonkeyPat
     op = record("linear")
     monkeypatch.setattr(bitclass, "discriminates", lambda _record, _variant: False)
     with pytest.raises(IntegrityError, match="cannot tell one order from another"):
+        bitclass.certify(op, op.canonical)
+
+
+def test_no_certificate_on_no_data() -> None:
+    op = replace(record("linear"), variants=())
+    with pytest.raises(IntegrityError, match="linear has no inputs to certify"):
         bitclass.certify(op, op.canonical)
 
 

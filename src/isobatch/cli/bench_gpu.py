@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from isobatch.kernels import plan as plans
 from isobatch.kernels.attention.gpu_record import certify_library
 from isobatch.kernels.bitclass import Verdict
 from isobatch.kernels.gpu.catalogue import GPU_RECORDS
+from isobatch.kernels.gpu.data import SHORT
 from isobatch.kernels.gpu.device import device, dtypes
 from isobatch.kernels.gpu.timing import microseconds
 from isobatch.kernels.linear import stock
@@ -67,6 +68,8 @@ def linear_shapes() -> dict[Shape, str]:
 def gate(only: Collection[str], progress: Callable[[str], None]) -> list[Verdict]:
     """Checks bits before any number: every member of the sections' records against its canonical one.
 
+    In the dtype that is measured; the tests certify the others.
+
     Args:
         only: names of `SECTIONS`.
         progress: told each member.
@@ -75,7 +78,12 @@ def gate(only: Collection[str], progress: Callable[[str], None]) -> list[Verdict
         The verdict on each; a single refusal means that nothing may be measured.
     """
     names = {name for section in only for name in SECTIONS[section].records}
-    records = {name: record for name, record in GPU_RECORDS.items() if name in names}
+    suffix = f"/{SHORT[dtypes()[0]]}"
+    records = {
+        name: replace(record, variants=tuple(v for v in record.variants if v.endswith(suffix)))
+        for name, record in GPU_RECORDS.items()
+        if name in names
+    }
     return verdicts_on(records, lambda name: progress(f"certifying {name}"))
 
 

@@ -64,12 +64,14 @@ def certify(record: OpRecord, candidate: Member, row_counts: tuple[int, ...] | N
         The verdict, with the first differing element if there is one.
 
     Raises:
-        IntegrityError: a variant's data could not have told two orders apart.
+        IntegrityError: there are no inputs, or a variant's data could not have told two orders apart.
 
     Determinism:
         The inputs are a function of the record; the same on every machine.
     """
     compared = 0
+    if not record.variants:
+        raise IntegrityError(f"{record.name} has no inputs to certify {candidate.name} on")
     for variant in record.variants:
         if not discriminates(record, variant):
             raise IntegrityError(f"inputs of {record.name}/{variant} cannot tell one order from another")
