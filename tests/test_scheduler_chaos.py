@@ -17,7 +17,8 @@ from isobatch.engine.policies import Chaos
 from isobatch.engine.prefix_cache import Node, PrefixCache
 from isobatch.engine.request import FinishReason, Sequence
 from isobatch.engine.sampling_params import SamplingParams
-from isobatch.engine.scheduler import Scheduler, _Draft
+from isobatch.engine.scheduled import Plan
+from isobatch.engine.scheduler import Scheduler
 from tests.scheduler_world import VOCAB, Tokens, World, random_load, random_loads, spans
 
 POLICIES = ["fcfs", "chaos:0", "chaos:1"]
@@ -192,8 +193,8 @@ def test_a_broken_prefix_cache_is_caught(policy: str, broken: type[PrefixCache])
 class ClaimsMoreThanItFound(Scheduler):
     """Takes one token more for computed than the blocks it starts from hold."""
 
-    def _admit(self, sequence: Sequence, draft: _Draft) -> bool:
-        admitted = super()._admit(sequence, draft)
+    def _admit(self, sequence: Sequence, plan: Plan) -> bool:
+        admitted = super()._admit(sequence, plan)
         if admitted and sequence.preemptions and sequence.remaining > 1:
             sequence.computed += 1
         return admitted

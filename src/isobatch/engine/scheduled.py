@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from isobatch.engine.prefix_cache import Node
 from isobatch.engine.request import Sequence
 
 
@@ -42,3 +43,22 @@ class ScheduledStep:
 
     chunks: tuple[Chunk, ...]
     preempted: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Plan:
+    """A step in the making.
+
+    Attributes:
+        budget: how many tokens it has room for.
+        chunks: by the id of their sequence.
+        preempted: as in the step.
+        admitting: whether sequences that wait may still be let in.
+        filling: the block that each chunk fills first, as (what comes before it, its tokens).
+    """
+
+    budget: int
+    chunks: dict[int, Chunk] = field(default_factory=dict)
+    preempted: list[int] = field(default_factory=list)
+    admitting: bool = True
+    filling: set[tuple[Node, tuple[int, ...]]] = field(default_factory=set)

@@ -18,27 +18,14 @@ is passed over, since with it the sequence is over.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from dataclasses import dataclass, field
 from itertools import islice
 
 from isobatch.engine.block_pool import BlockPool
 from isobatch.engine.policies import Policy
 from isobatch.engine.prefix_cache import Node, PrefixCache
 from isobatch.engine.request import FinishReason, Sequence
-from isobatch.engine.scheduled import Chunk, ScheduledStep
+from isobatch.engine.scheduled import Chunk, Plan, ScheduledStep
 from isobatch.errors import CapacityError, ConfigError, IntegrityError, PromptError, UnknownRequestError
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A step in the making."""
-
-    budget: int
-    chunks: dict[int, Chunk] = field(default_factory=dict)
-    preempted: list[int] = field(default_factory=list)
-    admitting: bool = True
-    # The block that each chunk fills first, as (what comes before it, its tokens).
-    filling: set[tuple[Node, tuple[int, ...]]] = field(default_factory=set)
 
 
 class Scheduler:
@@ -203,25 +190,25 @@ class Scheduler:
         self._planned = None
         if not self.has_work:
             return None
-        draft = _Draft(budget=self._max_batch_tokens)
+        plan = Plan(budget=self._max_batch_tokens)
         for sequence in list(self._running.values()):
             if self._policy.interrupts(sequence):
-                self._preempt(sequence, draft)
+                self._preempt(sequence, plan)
         # No more than this many can be admitted in a step, so a long queue costs no more than a short one.
         queue = islice(self._waiting.values(), self._max_batch_sequences)
         passed_over = False
         for sequence in sorted([*self._running.values(), *queue], key=self._policy.rank):
-            if draft.budget == 0:
+            if plan.budget == 0:
                 break
             if sequence.pending and len(sequence) >= self.token_limit(sequence):
                 passed_over = True
-            elif sequence.id in self._running or self._admit(sequence, draft):
-                self._place(sequence, draft)
-        if not draft.chunks and passed_over:
+            elif sequence.id in self._running or self._admit(sequence, plan):
+                self._place(sequence, plan)
+        if not plan.chunks and passed_over:
             return None
-        if not draft.chunks:
+        if not plan.chunks:
             raise IntegrityError("no sequence can go on", got=f"{self.num_running} running, all blocks taken")
-        self._planned = ScheduledStep(tuple(draft.chunks.values()), tuple(draft.preempted))
+        self._planned = ScheduledStep(tuple(plan.chunks.values()), tuple(plan.preempted))
         return self._planned
 
     def commit(self, step: ScheduledStep) -> None:
@@ -286,9 +273,9 @@ class Scheduler:
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._pool.block_size)
 
-    def _admit(self, sequence: Sequence, draft: _Draft) -> bool:
+    def _admit(self, sequence: Sequence, plan: Plan) -> bool:
         """Let a waiting sequence run, on the blocks the cache has for it, if the rest of it would fit."""
-        if not draft.admitting or len(self._running) >= self._max_batch_sequences:
+        if not plan.admitting or len(self._running) >= self._max_batch_sequences:
             return False
         size = self._pool.block_size
         hits: list[int] = []
@@ -299,7 +286,7 @@ class Scheduler:
             if sequence.params.prompt_logprobs is None:
                 tokens = sequence.tokens(0, len(sequence) - 1)
                 hits, tip = self._cache.match(tokens)
-                if (tip, tokens[len(hits) * size :][:size]) in draft.filling:
+                if (tip, tokens[len(hits) * size :][:size]) in plan.filling:
                     return False  # somebody in this very step computes its next block: a hit, one step later
             self._tips[sequence.id] = tip
         for block in hits:
@@ -307,7 +294,7 @@ class Scheduler:
         sequence.block_table = hits
         if self._blocks_for(len(sequence)) - len(hits) > self._pool.num_free:
             self._release(sequence)
-            draft.admitting = False  # the next in the queue must not overtake for being small
+            plan.admitting = False  # the next in the queue must not overtake for being small
             return False
         sequence.computed = len(hits) * size
         if not sequence.preemptions:
@@ -316,12 +303,12 @@ class Scheduler:
         self._running[sequence.id] = sequence
         return True
 
-    def _place(self, sequence: Sequence, draft: _Draft) -> None:
+    def _place(self, sequence: Sequence, plan: Plan) -> None:
         """Give a running sequence its chunk of the step, unless there is no block for it."""
         remaining = sequence.remaining
         if not remaining:
             raise IntegrityError(f"sequence {sequence.id} has no token to compute", expected="one appended")
-        most = min(self._room(sequence, draft), remaining, draft.budget)
+        most = min(self._room(sequence, plan), remaining, plan.budget)
         if most == 0:
             return
         count = self._policy.chunk(sequence, most)
@@ -332,36 +319,36 @@ class Scheduler:
             sequence.block_table.append(self._pool.allocate())
         table = tuple(sequence.block_table)
         tokens = sequence.tokens(start, stop)
-        draft.chunks[sequence.id] = Chunk(sequence, start, tokens, table, samples=count == remaining)
-        draft.budget -= count
+        plan.chunks[sequence.id] = Chunk(sequence, start, tokens, table, samples=count == remaining)
+        plan.budget -= count
         index = start // self._pool.block_size
         if self._cache is not None and stop >= (index + 1) * self._pool.block_size:
-            draft.filling.add((self._tips[sequence.id], self._block_tokens(sequence, index)))
+            plan.filling.add((self._tips[sequence.id], self._block_tokens(sequence, index)))
 
-    def _room(self, sequence: Sequence, draft: _Draft) -> int:
+    def _room(self, sequence: Sequence, plan: Plan) -> int:
         """Return how many more tokens there are blocks for, preempting others rather than returning 0."""
         size = self._pool.block_size
         while not (room := (len(sequence.block_table) + self._pool.num_free) * size - sequence.computed):
             # Whoever is in the step keeps its blocks: they are about to be read. If that leaves nobody, the
             # sequence sits this step out.
-            out = (other for other in self._running.values() if other.id not in draft.chunks)
+            out = (other for other in self._running.values() if other.id not in plan.chunks)
             others = [other for other in out if other is not sequence]
             if not others:
                 break
-            self._preempt(self._policy.victim(others), draft)
+            self._preempt(self._policy.victim(others), plan)
         return room
 
     def _block_tokens(self, sequence: Sequence, index: int) -> tuple[int, ...]:
         size = self._pool.block_size
         return sequence.tokens(index * size, (index + 1) * size)
 
-    def _preempt(self, sequence: Sequence, draft: _Draft) -> None:
+    def _preempt(self, sequence: Sequence, plan: Plan) -> None:
         """Take a running sequence's blocks away and put it at the head of the queue."""
         self._release(sequence)
         sequence.preemptions += 1
         self._waiting[sequence.id] = sequence
         self._waiting.move_to_end(sequence.id, last=False)
-        draft.preempted.append(sequence.id)
+        plan.preempted.append(sequence.id)
 
     def _release(self, sequence: Sequence) -> None:
         """Give all blocks back, the last first, so that the cache loses prefixes from their ends."""
