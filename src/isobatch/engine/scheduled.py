@@ -18,6 +18,8 @@ class Chunk:
         token_ids: the tokens, at least one.
         block_table: the sequence's blocks, enough for the chunk's last token.
         samples: whether the chunk ends at the last known token, so that its logits give the next one.
+        drafts: guesses of the tokens after the last known one, to be computed behind it and sampled from as
+            well; only where the chunk samples. The block table is enough for these too.
     """
 
     sequence: Sequence
@@ -25,11 +27,17 @@ class Chunk:
     token_ids: tuple[int, ...]
     block_table: tuple[int, ...]
     samples: bool
+    drafts: tuple[int, ...] = ()
 
     @property
     def stop(self) -> int:
-        """The position after the last."""
+        """The position after the last token."""
         return self.start + len(self.token_ids)
+
+    @property
+    def end(self) -> int:
+        """The position after the last draft."""
+        return self.stop + len(self.drafts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,14 +13,19 @@ The engine's loop: `schedule`, run the chunks, `commit`, append a token to each 
 An appended token may be PENDING while the device still computes it. The next step may be planned and queued
 behind it all the same: a chunk that ends in it gets it on the device. A sequence whose last token it is to be
 is passed over, since with it the sequence is over.
+
+What is left of a step's tokens and blocks goes to drafts, guesses behind the last known token: they preempt
+nobody. Only `accept` counts one as computed; blocks that drafts alone needed go back before the next step.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
+from dataclasses import replace
 from itertools import islice
 
 from isobatch.engine.block_pool import BlockPool
+from isobatch.engine.holdings import check_holdings
 from isobatch.engine.policies import Policy
 from isobatch.engine.prefix_cache import Node, PrefixCache
 from isobatch.engine.request import FinishReason, Sequence
@@ -38,9 +43,10 @@ class Scheduler:
         max_batch_tokens: the most tokens in one step.
         max_batch_sequences: the most sequences running at once.
         max_context: the most tokens of prompt and reply together, in tokens.
+        draft_tokens: the most drafts of a sequence in one step.
 
     Raises:
-        ConfigError: a limit below 1.
+        ConfigError: a limit below 1, or drafts below 0.
 
     Determinism: replies do not depend on anything decided here; see the module's own text.
     """
@@ -54,12 +60,13 @@ class Scheduler:
         max_batch_tokens: int,
         max_batch_sequences: int,
         max_context: int,
+        draft_tokens: int = 0,
     ) -> None:
-        if min(max_batch_tokens, max_batch_sequences, max_context) < 1:
+        if min(max_batch_tokens, max_batch_sequences, max_context, draft_tokens + 1) < 1:
             raise ConfigError(
                 "a scheduler that could run nothing",
-                expected="max_batch_tokens, max_batch_sequences and max_context of 1 or more",
-                got=f"{max_batch_tokens}, {max_batch_sequences} and {max_context}",
+                expected="max_batch_tokens, max_batch_sequences, max_context of 1 or more, draft_tokens of 0",
+                got=f"{max_batch_tokens}, {max_batch_sequences}, {max_context} and {draft_tokens}",
             )
         self._pool = pool
         self._cache = prefix_cache
@@ -67,6 +74,7 @@ class Scheduler:
         self._max_batch_tokens = max_batch_tokens
         self._max_batch_sequences = max_batch_sequences
         self._max_context = max_context
+        self._draft_tokens = draft_tokens
         self._waiting: OrderedDict[int, Sequence] = OrderedDict()
         self._running: dict[int, Sequence] = {}
         self._tips: dict[int, Node] = {}  # per running sequence, the cache's node of its last full block
@@ -194,6 +202,8 @@ class Scheduler:
         for sequence in list(self._running.values()):
             if self._policy.interrupts(sequence):
                 self._preempt(sequence, plan)
+            elif self._draft_tokens:
+                self._trim(sequence)
         # No more than this many can be admitted in a step, so a long queue costs no more than a short one.
         queue = islice(self._waiting.values(), self._max_batch_sequences)
         passed_over = False
@@ -208,11 +218,15 @@ class Scheduler:
             return None
         if not plan.chunks:
             raise IntegrityError("no sequence can go on", got=f"{self.num_running} running, all blocks taken")
+        if self._draft_tokens:
+            self._add_drafts(plan)
         self._planned = ScheduledStep(tuple(plan.chunks.values()), tuple(plan.preempted))
         return self._planned
 
     def commit(self, step: ScheduledStep) -> None:
         """Record that the step has been run: its tokens are computed, and its full blocks become known.
+
+        Its drafts are not: see `accept`.
 
         Args:
             step: the latest from `schedule`, not committed before. Sequences finished since are passed over.
@@ -223,19 +237,26 @@ class Scheduler:
         if step is not self._planned:
             raise IntegrityError("a stale step", expected="the latest from schedule(), committed once")
         self._planned = None
-        size = self._pool.block_size
         for chunk in step.chunks:
-            sequence = chunk.sequence
-            if sequence.finish_reason is not None:
-                continue
-            sequence.computed = chunk.stop
-            if self._cache is None:
-                continue
-            tip = self._tips[sequence.id]
-            for index in range(chunk.start // size, chunk.stop // size):
-                tokens = self._block_tokens(sequence, index)
-                tip = self._cache.insert(tip, tokens, sequence.block_table[index])
-            self._tips[sequence.id] = tip
+            if chunk.sequence.finish_reason is None:
+                self._count(chunk.sequence, chunk.stop)
+
+    def accept(self, sequence: Sequence) -> None:
+        """Record that the last known token, drawn just now, is computed: it was the draft at its place.
+
+        Args:
+            sequence: whose chunk of the step committed last had that draft. It needs another token now.
+
+        Raises:
+            IntegrityError: it has other tokens to compute, or no block for this one.
+        """
+        if sequence.remaining != 1 or len(sequence.block_table) < self._blocks_for(len(sequence)):
+            raise IntegrityError(
+                f"sequence {sequence.id} cannot have computed its last token",
+                expected="1 token left to compute, and a block for it",
+                got=f"{sequence.remaining} left, {len(sequence.block_table)} blocks",
+            )
+        self._count(sequence, len(sequence))
 
     def check(self) -> None:
         """Verify the pool, the cache, and that every reference is a running sequence's. Slow; for tests.
@@ -243,32 +264,8 @@ class Scheduler:
         Raises:
             IntegrityError: something does not add up.
         """
-        self._pool.check()
-        if self._cache is not None:
-            self._cache.check()
-        size = self._pool.block_size
-        holders: Counter[int] = Counter()
-        content: dict[int, tuple[int, ...]] = {}
-        for sequence in self._running.values():
-            holders.update(sequence.block_table)
-            if not sequence.computed <= len(sequence.block_table) * size < self.token_limit(sequence) + size:
-                raise IntegrityError(f"sequence {sequence.id} holds {len(sequence.block_table)} blocks")
-            for index, block in enumerate(sequence.block_table):
-                prefix = sequence.tokens(0, min((index + 1) * size, len(sequence)))
-                shared = content.setdefault(block, prefix)
-                if self._pool.references(block) > 1 and (shared != prefix or len(prefix) % size):
-                    raise IntegrityError(f"block {block} is shared by sequences that differ")
-        for block in range(self._pool.num_blocks):
-            if self._pool.references(block) != holders[block]:
-                raise IntegrityError(
-                    f"block {block} has the wrong count",
-                    expected=f"{holders[block]} holders",
-                    got=self._pool.references(block),
-                )
-        if any(sequence.block_table or sequence.computed for sequence in self._waiting.values()):
-            raise IntegrityError("a waiting sequence holds blocks")
-        if self._tips.keys() != (set() if self._cache is None else self._running.keys()):
-            raise IntegrityError("the cache's nodes are not those of the running sequences")
+        running, waiting, nodes = self._running.values(), self._waiting.values(), self._tips.keys()
+        check_holdings(self._pool, self._cache, running, waiting, nodes=nodes, most=self.token_limit)
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._pool.block_size)
@@ -315,8 +312,7 @@ class Scheduler:
         if not 1 <= count <= most:
             raise IntegrityError("a policy's chunk is out of range", expected=f"1 to {most}", got=count)
         start, stop = sequence.computed, sequence.computed + count
-        while len(sequence.block_table) < self._blocks_for(stop):
-            sequence.block_table.append(self._pool.allocate())
+        self._reserve(sequence, stop)
         table = tuple(sequence.block_table)
         tokens = sequence.tokens(start, stop)
         plan.chunks[sequence.id] = Chunk(sequence, start, tokens, table, samples=count == remaining)
@@ -324,6 +320,48 @@ class Scheduler:
         index = start // self._pool.block_size
         if self._cache is not None and stop >= (index + 1) * self._pool.block_size:
             plan.filling.add((self._tips[sequence.id], self._block_tokens(sequence, index)))
+
+    def _add_drafts(self, plan: Plan) -> None:
+        """Give what is left of the step to drafts, in the order of the chunks."""
+        for chunk in plan.chunks.values():
+            sequence, drafter = chunk.sequence, chunk.sequence.drafter
+            if sequence.pending:
+                continue  # nothing can be looked up before its last token is known
+            drafter.extend(sequence.tokens(len(drafter), chunk.stop))
+            room = (len(sequence.block_table) + self._pool.num_free) * self._pool.block_size - chunk.stop
+            # The last token that a sequence may have is never computed, so neither is a draft in its place.
+            most = min(self._draft_tokens, plan.budget, room, self.token_limit(sequence) - 1 - chunk.stop)
+            drafts = drafter.propose(most) if chunk.samples and most > 0 else ()
+            if not drafts:
+                continue
+            count = self._policy.drafts(sequence, len(drafts))
+            if not 0 <= count <= len(drafts):
+                said = f"0 to {len(drafts)}"
+                raise IntegrityError("a policy's drafts are out of range", expected=said, got=count)
+            self._reserve(sequence, chunk.stop + count)
+            table = tuple(sequence.block_table)
+            plan.chunks[sequence.id] = replace(chunk, drafts=drafts[:count], block_table=table)
+            plan.budget -= count
+
+    def _reserve(self, sequence: Sequence, tokens: int) -> None:
+        """Give a sequence blocks for so many tokens; they are free."""
+        while len(sequence.block_table) < self._blocks_for(tokens):
+            sequence.block_table.append(self._pool.allocate())
+
+    def _trim(self, sequence: Sequence) -> None:
+        """Take back the blocks that were for drafts alone."""
+        while len(sequence.block_table) > self._blocks_for(len(sequence)):
+            self._pool.decref(sequence.block_table.pop())
+
+    def _count(self, sequence: Sequence, computed: int) -> None:
+        """Count a sequence's tokens as computed; the cache gets to know the blocks that they fill."""
+        first, sequence.computed = sequence.computed, computed
+        if self._cache is None:
+            return
+        tip, size = self._tips[sequence.id], self._pool.block_size
+        for index in range(first // size, computed // size):
+            tip = self._cache.insert(tip, self._block_tokens(sequence, index), sequence.block_table[index])
+        self._tips[sequence.id] = tip
 
     def _room(self, sequence: Sequence, plan: Plan) -> int:
         """Return how many more tokens there are blocks for, preempting others rather than returning 0."""
