@@ -21,6 +21,7 @@ from isobatch.engine import sampler
 from isobatch.engine.batch import LogitRow
 from isobatch.engine.drafts import Drafter
 from isobatch.engine.engine import Engine
+from isobatch.engine.output import Reply
 from isobatch.engine.sampling_params import SamplingParams
 from isobatch.engine.scheduled import ScheduledStep
 from isobatch.engine.scheduler import Scheduler
@@ -72,6 +73,10 @@ def expect_alone(asks: Sequence[Ask], engine: Engine, why: str, **load: Any) -> 
     for ask, reply in zip(asks, drive(engine, asks, **load), strict=True):
         if reply is not None:
             expect_same(reply, alone(tiny_world(), ask), why)
+
+
+def replies(asks: Sequence[Ask]) -> list[Reply]:
+    return [alone(tiny_world(), ask) for ask in asks]
 
 
 def expect_both(engine: Engine) -> None:
@@ -147,8 +152,8 @@ def test_any_reply_is_that_without_drafts(asks: tuple[Ask, ...], drafts: int, kn
 class Prompter:
     """Drafts from the very replies, wrong at random places: as other drafters would have them."""
 
-    def __init__(self, asks: Sequence[Ask], seed: int, guess: Callable[[random.Random], int]) -> None:
-        self.texts = [ask.prompt + alone(tiny_world(), ask).completions[0].token_ids for ask in asks]
+    def __init__(self, replies: Sequence[Reply], seed: int, guess: Callable[[random.Random], int]) -> None:
+        self.texts = [reply.prompt_token_ids + reply.completions[0].token_ids for reply in replies]
         self.random, self.guess = random.Random(seed), guess
 
     def __call__(self, drafter: Drafter, most: int) -> tuple[int, ...]:
@@ -161,7 +166,7 @@ class Prompter:
 @pytest.mark.parametrize("load", LOADS)
 def test_reply_does_not_depend_on_what_is_drafted(load: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asks = fixed_asks()
-    prompter = Prompter(asks, 1, lambda chance: chance.randrange(101))
+    prompter = Prompter(replies(asks), 1, lambda chance: chance.randrange(101))
     monkeypatch.setattr(Drafter, "propose", lambda drafter, most: prompter(drafter, most))
     engine = tiny_world().engine(draft_tokens=5, **{**LOADS[load], "blocks": 24})
     expect_alone(asks, engine, load)
@@ -171,7 +176,7 @@ def test_reply_does_not_depend_on_what_is_drafted(load: str, monkeypatch: pytest
 def test_draft_whose_logits_are_nan_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it left in a block is never read, by its own request or by the next."""
     asks = tuple(ask for ask in fixed_asks() if POISON not in ask.prompt)
-    prompter = Prompter(asks, 2, lambda _chance: POISON)
+    prompter = Prompter(replies(asks), 2, lambda _chance: POISON)
     monkeypatch.setattr(Drafter, "propose", lambda drafter, most: prompter(drafter, most))
     engine = tiny_world(poisoned=True).engine(draft_tokens=20, blocks=24)
     for _ in range(2):
@@ -307,7 +312,7 @@ def test_control_penalty_that_forgets_drafts_is_caught(
         return draw(ops, logits, [replace(row, drafts=()) for row in rows])
 
     asks = [replace(ask, params=replace(ask.params, frequency_penalty=0.9)) for ask in ASKS[:2]]
-    prompter = Prompter(asks, 1, lambda _chance: 1)
+    prompter = Prompter(replies(asks), 1, lambda _chance: 1)
     monkeypatch.setattr(Drafter, "propose", lambda drafter, most: prompter(drafter, most))
     engine = tiny_world().engine(draft_tokens=4)
     if forgets:
