@@ -37,16 +37,14 @@ class LogitRow:
 
 def meanings(step: ScheduledStep) -> tuple[LogitRow, ...]:
     """What each row of logits of a step is for, in order."""
-    return tuple(
-        LogitRow(
-            chunk.sequence,
-            position + 1,
-            chunk.samples and position >= chunk.stop - 1,
-            chunk.drafts[: max(0, position + 1 - chunk.stop)],
-        )
-        for chunk in step.chunks
-        for position in _wanted(chunk)
-    )
+    rows = []
+    for chunk in step.chunks:
+        last = chunk.stop - 1
+        for position in _wanted(chunk):
+            samples = chunk.samples and position >= last
+            drafts = chunk.drafts[: position - last] if position > last else ()
+            rows.append(LogitRow(chunk.sequence, position + 1, samples, drafts))
+    return tuple(rows)
 
 
 def build_batch(step: ScheduledStep, ops: Ops) -> Batch:
@@ -70,7 +68,7 @@ def build_batch(step: ScheduledStep, ops: Ops) -> Batch:
         token_ids[-1] = max(0, token_ids[-1])
         token_ids += chunk.drafts
         positions += range(chunk.start, chunk.end)
-        slots += [slot(chunk, position) for position in range(chunk.start, chunk.end)]
+        slots += [chunk.block_table[p // PAGE] * PAGE + p % PAGE for p in range(chunk.start, chunk.end)]
         starts.append(len(token_ids))
     widest = max(len(chunk.block_table) for chunk in step.chunks)
     tables = [[*chunk.block_table, *[0] * (widest - len(chunk.block_table))] for chunk in step.chunks]
@@ -78,16 +76,11 @@ def build_batch(step: ScheduledStep, ops: Ops) -> Batch:
     return Batch(ops.tensor(token_ids), ops.tensor(positions), rows, ops.tensor(logit_rows))
 
 
-def slot(chunk: Chunk, position: int) -> int:
-    """Where the keys and values of a position of the chunk are written."""
-    return chunk.block_table[position // PAGE] * PAGE + position % PAGE
-
-
-def _wanted(chunk: Chunk) -> tuple[int, ...]:
+def _wanted(chunk: Chunk) -> range | tuple[int, ...]:
     """Positions of the chunk whose logits are wanted: the sampled ones, and the prompt's if asked for."""
-    sequence = chunk.sequence
-    sampled = range(chunk.stop - 1, chunk.end) if chunk.samples else ()
+    sequence, stop = chunk.sequence, chunk.stop
+    sampled = range(stop - 1, stop + len(chunk.drafts)) if chunk.samples else range(0)
     if sequence.params.prompt_logprobs is not None and chunk.start < len(sequence.prompt_ids):
-        last = min(chunk.stop, len(sequence.prompt_ids) - 1)
+        last = min(stop, len(sequence.prompt_ids) - 1)
         return (*range(chunk.start, last), *sampled)
-    return tuple(sampled)
+    return sampled

@@ -18,7 +18,6 @@ from itertools import chain
 
 import torch
 
-from isobatch.engine.batch import slot
 from isobatch.engine.scheduled import ScheduledStep
 from isobatch.kernels.layout import PAGE, Cache
 from isobatch.models.decoder import Decoder
@@ -84,20 +83,21 @@ class DecodeGraphs:
             each recording would keep its own, and those of a thousand rows take hundreds of megabytes.
         """
         ops, chunks = self._ops, step.chunks
-        # The chunk of each draft, and the draft's position.
-        drafts = [(c, p) for c, chunk in enumerate(chunks) for p in range(chunk.stop, chunk.end)]
-        count = len(chunks) + len(drafts)
-        size = self._rungs[bisect_left(self._rungs, count)]
-        spare = size - count
-        positions = [*(chunk.start for chunk in chunks), *(position for _, position in drafts)]
-        slots = [*(slot(chunk, chunk.start) for chunk in chunks), *(slot(chunks[c], p) for c, p in drafts)]
+        # Of each draft the chunk; of each row the chunk's table, and the position.
+        owners = [at for at, chunk in enumerate(chunks) for _ in chunk.drafts]
+        rows = [(chunk.block_table, chunk.start) for chunk in chunks]
+        rows += [(c.block_table, p) for c in chunks if c.drafts for p in range(c.stop, c.end)]
+        size = self._rungs[bisect_left(self._rungs, len(rows))]
+        spare = size - len(rows)
+        positions = [position for _, position in rows]
+        slots = [table[position // PAGE] * PAGE + position % PAGE for table, position in rows]
         tokens = [max(0, chunk.token_ids[0]) for chunk in chunks]
         tokens += chain.from_iterable(chunk.drafts for chunk in chunks)
         ints = [[*tokens, *[0] * spare], [*positions, *[0] * spare], [*slots, *[_NOWHERE] * spare]]
         self._ints[:, :size].copy_(ops.tensor(ints))
         self._lengths[:size].copy_(ops.tensor([*(p + 1 for p in positions), *[0] * spare], torch.int32))
         self._show([chunk.block_table for chunk in chunks])
-        self._show_again([c for c, _ in drafts], len(chunks))
+        self._show_again(owners, len(chunks))
         if patch is not None:
             patch(self._ints[0])
         key = size, self._bound(size, max(positions) + 1)
@@ -105,8 +105,8 @@ class DecodeGraphs:
             self._record(*key)
         replay, hidden = self._recorded[key]
         replay()
-        if not drafts:
-            return self._decoder.logits(hidden[:count])
+        if not owners:
+            return self._decoder.logits(hidden[: len(rows)])
         order, behind = [], len(chunks)
         for row, chunk in enumerate(chunks):
             order += [row, *range(behind, behind + len(chunk.drafts))]
