@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from isobatch.engine.block_pool import BlockPool
+from isobatch.engine.drafts import Drafter
 from isobatch.engine.policies import Policy, policy_from_name
 from isobatch.engine.prefix_cache import PrefixCache
 from isobatch.engine.request import FinishReason, Sequence
@@ -42,6 +43,18 @@ def reply_alone(prompt: Tokens, params: SamplingParams, context: int) -> list[in
     return reply
 
 
+class Guesser(Drafter):
+    """Knows the model, and errs all the same: drafts that are right, wrong, and right up to any place."""
+
+    def propose(self, most: int) -> Tokens:
+        state = sum(self._tokens) + len(self._tokens)
+        drafts: list[int] = []
+        for at in range((state % 5) * most // 4):
+            wrong = (state * 31 + at * 17) % 4 == 0
+            drafts.append((next_token((*self._tokens, *drafts)) + wrong) % VOCAB)
+        return tuple(drafts)
+
+
 class World:
     """A scheduler, the engine's loop around it, and a KV cache that knows what is in it."""
 
@@ -55,6 +68,7 @@ class World:
         batch_tokens: int = 8,
         batch_sequences: int = 4,
         context: int = 16,
+        draft_tokens: int = 0,
         pool_type: type[BlockPool] = BlockPool,
         cache_type: type[PrefixCache] = PrefixCache,
         scheduler_type: type[Scheduler] = Scheduler,
@@ -68,12 +82,13 @@ class World:
             max_batch_tokens=batch_tokens,
             max_batch_sequences=batch_sequences,
             max_context=context,
+            draft_tokens=draft_tokens,
         )
         self.batch_tokens, self.batch_sequences, self.context = batch_tokens, batch_sequences, context
         self.kv: dict[tuple[int, int], Tokens] = {}
         self.sequences: list[Sequence] = []
         self.seen: dict[int, set[int]] = {}  # positions whose logits were computed
-        self.steps = self.computed = self.preempted = 0
+        self.steps = self.computed = self.preempted = self.drafted = self.accepted = 0
 
     def add(self, prompt: Tokens, *, copies: int = 1, **params: Any) -> list[Sequence]:
         added = []
@@ -86,6 +101,7 @@ class World:
                 arrival=len(self.sequences),
                 index=index,
             )
+            sequence.drafter = Guesser()
             self.scheduler.add(sequence)
             self.sequences.append(sequence)
             self.seen[sequence.id] = set()
@@ -95,27 +111,33 @@ class World:
     def slot(self, table: Tokens, position: int) -> tuple[int, int]:
         return table[position // self.pool.block_size], position % self.pool.block_size
 
-    def compute(self, step: ScheduledStep) -> dict[int, int]:
-        """Run the fake model on a step and return each sampling sequence's next token."""
+    def compute(self, step: ScheduledStep) -> dict[int, list[int]]:
+        """Run the fake model on a step and return what each sampling sequence says after token and drafts."""
         read, written = set(), {}
         for chunk in step.chunks:
             sequence = chunk.sequence
             assert chunk.token_ids == sequence.tokens(chunk.start, chunk.stop)
+            assert not chunk.drafts or chunk.samples
+            assert chunk.end < self.scheduler.token_limit(sequence), "what cannot be sampled from is computed"
+            content = sequence.tokens(0, chunk.stop) + chunk.drafts
             for position in range(chunk.start):
                 slot = self.slot(chunk.block_table, position)
                 read.add(slot)
                 assert self.kv.get(slot) == sequence.tokens(0, position + 1), "the KV cache has other tokens"
-            for position in range(chunk.start, chunk.stop):
+            for position in range(chunk.start, chunk.end):
                 slot = self.slot(chunk.block_table, position)
                 assert slot not in written, "two sequences write one slot"
-                written[slot] = sequence.tokens(0, position + 1)
+                written[slot] = content[: position + 1]
             self.seen[sequence.id].update(range(chunk.start, chunk.stop))
         assert read.isdisjoint(written), "a slot is read and written in one step"
-        assert sum(len(chunk.token_ids) for chunk in step.chunks) == len(written) <= self.batch_tokens
+        assert sum(c.end - c.start for c in step.chunks) == len(written) <= self.batch_tokens
         assert len({chunk.sequence.id for chunk in step.chunks}) == len(step.chunks) <= self.batch_sequences
         self.kv.update(written)
         return {
-            chunk.sequence.id: next_token(written[self.slot(chunk.block_table, chunk.stop - 1)])
+            chunk.sequence.id: [
+                next_token(written[self.slot(chunk.block_table, position)])
+                for position in range(chunk.stop - 1, chunk.end)
+            ]
             for chunk in step.chunks
             if chunk.samples
         }
@@ -135,16 +157,29 @@ class World:
                 continue
             if sequence.params.prompt_logprobs is not None:
                 assert self.seen[sequence.id].issuperset(range(len(sequence.prompt_ids)))
-            sequence.append(sampled[sequence.id])
-            if is_stopped(sequence.output_ids, sequence.params):
-                self.scheduler.finish(sequence, FinishReason.STOP)
-            elif len(sequence) == self.scheduler.token_limit(sequence):
-                self.scheduler.finish(sequence, FinishReason.LENGTH)
+            self.drafted += len(chunk.drafts)
+            for token, draft in zip(sampled[sequence.id], (*chunk.drafts, None), strict=True):
+                self.take(sequence, token)
+                if sequence.finish_reason is not None or draft is None or not self.agree(token, draft):
+                    break
+                self.scheduler.accept(sequence)
+                self.accepted += 1
         self.scheduler.check()
         self.steps += 1
         self.computed += sum(len(chunk.token_ids) for chunk in step.chunks)
         self.preempted += len(step.preempted)
         return step
+
+    def take(self, sequence: Sequence, token: int) -> None:
+        sequence.append(token)
+        if is_stopped(sequence.output_ids, sequence.params):
+            self.scheduler.finish(sequence, FinishReason.STOP)
+        elif len(sequence) == self.scheduler.token_limit(sequence):
+            self.scheduler.finish(sequence, FinishReason.LENGTH)
+
+    def agree(self, token: int, draft: int) -> bool:
+        """Whether a draft is what was said at its place; a fault may think otherwise."""
+        return token == draft
 
     def drain(self) -> None:
         """Run to the end, and verify every reply and that every block came back."""
@@ -187,9 +222,8 @@ def random_load(world: World, seed: int, sequences: int = 12) -> World:
     return world
 
 
-def random_loads(policy: str, **world: Any) -> None:
-    for seed in range(10):
-        random_load(World(policy, **world), seed)
+def random_loads(policy: str, world_type: type[World] = World, **world: Any) -> list[World]:
+    return [random_load(world_type(policy, **world), seed) for seed in range(10)]
 
 
 def spans(step: ScheduledStep | None) -> list[tuple[int, int, int]]:

@@ -26,7 +26,8 @@ from tests.engine_harness import Ask, alone, expect_same, fixed_asks, tiny_world
 
 ENGINE = Path(isobatch.engine.__file__).parent
 FILES = {str(ENGINE / f"{name}.py") for name in (
-    "engine", "scheduler", "block_pool", "prefix_cache", "request", "transcript", "llm", "policies", "batch"
+    "engine", "scheduler", "block_pool", "prefix_cache", "request", "transcript", "llm", "policies", "batch",
+    "drafts",
 )}  # fmt: skip
 PARAMS = SamplingParams(seed=3, max_tokens=9, ignore_eos=True, logprobs=2)
 Place = tuple[str, int]
@@ -153,8 +154,9 @@ def test_interrupted_stream_hurts_no_other(llm: LLM) -> None:
     assert len(_each_line(run, stride=5)) > 40
 
 
+@pytest.mark.parametrize("drafts", [0, 4])
 @pytest.mark.parametrize("policy", ["fcfs", "chaos:3"])
-def test_steps_interrupted_again_and_again_come_to_the_same_replies(policy: str) -> None:
+def test_steps_interrupted_again_and_again_come_to_the_same_replies(policy: str, drafts: int) -> None:
     """Preemption, eviction and the prefix cache included: the pool holds the longest and little more."""
     asks = fixed_asks()
     want = [alone(tiny_world(), ask) for ask in asks]
@@ -178,7 +180,8 @@ def test_steps_interrupted_again_and_again_come_to_the_same_replies(policy: str)
 
     total = 0
     for first in range(1, 900, 61):
-        total += serve(tiny_world().engine(blocks=12, policy=policy, max_batch_tokens=40), first, 17)
+        engine = tiny_world().engine(blocks=12, policy=policy, max_batch_tokens=40, draft_tokens=drafts)
+        total += serve(engine, first, 17)
     assert total > 60
 
 

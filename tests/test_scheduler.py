@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from isobatch.engine.drafts import Drafter
 from isobatch.engine.policies import Chaos, FirstComeFirstServed, policy_from_name
-from isobatch.engine.request import FinishReason, Sequence
+from isobatch.engine.request import PENDING, FinishReason, Sequence
 from isobatch.engine.sampling_params import SamplingParams
+from isobatch.engine.scheduled import ScheduledStep
 from isobatch.errors import (
     CapacityError,
     ConfigError,
@@ -17,7 +19,7 @@ from isobatch.errors import (
     UnknownKeyError,
     UnknownRequestError,
 )
-from tests.scheduler_world import Tokens, World, spans
+from tests.scheduler_world import VOCAB, Tokens, World, next_token, spans
 
 
 class Preempt(FirstComeFirstServed):
@@ -36,6 +38,14 @@ class Takes(FirstComeFirstServed):
         self.count = count
 
     def chunk(self, sequence: Sequence, most: int) -> int:
+        return self.count
+
+
+class Has(FirstComeFirstServed):
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def drafts(self, sequence: Sequence, most: int) -> int:
         return self.count
 
 
@@ -366,6 +376,96 @@ def test_check_notices_too_many_blocks() -> None:
     sequence.block_table.extend(world.pool.allocate() for _ in range(5))
     with pytest.raises(IntegrityError, match="sequence 0 holds"):
         world.scheduler.check()
+
+
+# Drafts take what is left.
+
+
+def drafts_of(step: ScheduledStep | None) -> list[tuple[int, int]]:
+    assert step is not None
+    return [(chunk.sequence.id, len(chunk.drafts)) for chunk in step.chunks]
+
+
+class Drafts(Drafter):
+    """Any number of drafts, all wrong."""
+
+    def propose(self, most: int) -> Tokens:
+        return tuple((next_token(tuple(self._tokens)) + 1) % VOCAB for _ in range(most))
+
+
+def add_drafting(world: World, prompt: Tokens, **params: Any) -> Sequence:
+    (sequence,) = world.add(prompt, **params)
+    sequence.drafter = Drafts()
+    return sequence
+
+
+def test_drafts_come_after_all_tokens() -> None:
+    world = World(batch_tokens=8, blocks=40, context=40, cached=False, draft_tokens=6)
+    for prompt in ((1, 2), (2, 1)):
+        add_drafting(world, prompt, max_tokens=20)
+    assert drafts_of(world.step()) == [(0, 4), (1, 0)]
+    assert drafts_of(world.step()) == [(0, 6), (1, 0)]
+    world.add((1,) * 5)
+    assert drafts_of(world.step()) == [(0, 1), (1, 0), (2, 0)]
+
+
+def test_drafts_end_before_the_last_token() -> None:
+    world = World(batch_tokens=20, blocks=40, draft_tokens=6)
+    add_drafting(world, (1, 2), max_tokens=5)
+    assert [drafts_of(world.step()) for _ in range(5)] == [[(0, n)] for n in (4, 3, 2, 1, 0)]
+
+
+def test_drafts_preempt_nobody_and_give_their_blocks_back() -> None:
+    world = World(blocks=4, size=2, context=8, batch_tokens=20, cached=False, draft_tokens=6)
+    first, second = (add_drafting(world, prompt, max_tokens=6) for prompt in ((1, 2), (2, 1)))
+    assert drafts_of(world.step()) == [(0, 4), (1, 0)]  # a block for each prompt, and the two that are left
+    assert (len(first.block_table), len(second.block_table), world.pool.num_free) == (3, 1, 0)
+    assert drafts_of(world.step()) == [(0, 1), (1, 1)]  # each needs a block now, and finds it free
+    assert world.preempted == 0
+
+
+def test_blocks_for_drafts_are_planned_with_again_after_a_step_that_failed() -> None:
+    world = World(blocks=4, size=2, context=8, batch_tokens=20, cached=False, draft_tokens=6)
+    add_drafting(world, (1, 2), max_tokens=6)
+    assert drafts_of(world.scheduler.schedule()) == [(0, 5)]
+    world.add((2, 1, 1, 1), max_tokens=1)
+    assert drafts_of(world.step()) == [(0, 2), (1, 0)]
+
+
+def test_pending_tokens_are_not_looked_up() -> None:
+    world = World(draft_tokens=4)
+    (sequence,) = world.add((1, 2, 1))
+    step = world.scheduler.schedule()
+    assert step is not None
+    world.scheduler.commit(step)
+    sequence.append(PENDING)
+    assert drafts_of(world.scheduler.schedule()) == [(0, 0)]
+    assert len(sequence.drafter) == 3
+
+
+@pytest.mark.parametrize("count", [-1, 5])
+def test_a_policy_cannot_have_drafts_that_there_are_not(count: int) -> None:
+    world = World(Has(count), draft_tokens=4)
+    add_drafting(world, (1, 2, 1), max_tokens=9)
+    with pytest.raises(IntegrityError, match=f"expected 0 to 4; got {count}"):
+        world.step()
+
+
+def test_only_a_token_that_was_computed_is_accepted() -> None:
+    world = World(draft_tokens=1)
+    sequence = add_drafting(world, (1, 2, 1), max_tokens=9)
+    step = world.scheduler.schedule()
+    assert step is not None
+    with pytest.raises(IntegrityError, match="3 left, 2 blocks"):
+        world.scheduler.accept(sequence)
+    world.scheduler.commit(step)
+    with pytest.raises(IntegrityError, match="0 left, 2 blocks"):
+        world.scheduler.accept(sequence)
+    sequence.append(0)
+    world.scheduler.accept(sequence)
+    sequence.append(0)
+    with pytest.raises(IntegrityError, match="1 left, 2 blocks"):
+        world.scheduler.accept(sequence)
 
 
 def test_tokens_cross_from_prompt_to_reply() -> None:

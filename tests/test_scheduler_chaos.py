@@ -17,7 +17,8 @@ from isobatch.engine.policies import Chaos
 from isobatch.engine.prefix_cache import Node, PrefixCache
 from isobatch.engine.request import FinishReason, Sequence
 from isobatch.engine.sampling_params import SamplingParams
-from isobatch.engine.scheduler import Scheduler, _Draft
+from isobatch.engine.scheduled import Plan, ScheduledStep
+from isobatch.engine.scheduler import Scheduler
 from tests.scheduler_world import VOCAB, Tokens, World, random_load, random_loads, spans
 
 POLICIES = ["fcfs", "chaos:0", "chaos:1"]
@@ -44,6 +45,15 @@ def test_replies_do_not_depend_on_the_batch_limits(policy: str, tokens: int, seq
     random_load(World(policy, batch_tokens=tokens, batch_sequences=sequences), 0)
 
 
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("blocks", [8, 9, 40])
+def test_replies_do_not_depend_on_drafts(policy: str, cached: bool, blocks: int) -> None:
+    worlds = random_loads(policy, cached=cached, blocks=blocks, batch_tokens=12, draft_tokens=4)
+    assert sum(world.accepted for world in worlds) > 20
+    assert sum(world.drafted - world.accepted for world in worlds) > 20
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Anything at any time: arrivals, aborts between and during steps, runs that break off half-way."""
 
@@ -54,6 +64,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         spare=st.integers(0, 4),
         batch_tokens=st.integers(1, 12),
         batch_sequences=st.integers(1, 5),
+        draft_tokens=st.sampled_from([0, 1, 4]),
     )
     def start(self, policy: str, cached: bool, size: int, spare: int, **limits: Any) -> None:
         self.world = World(policy, cached=cached, blocks=-(-16 // size) + spare, size=size, **limits)
@@ -100,7 +111,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         step = self.world.scheduler.schedule()
         assert step is not None
         for chunk in step.chunks:
-            for position in range(chunk.start, chunk.stop):
+            for position in range(chunk.start, chunk.end):
                 self.world.kv[self.world.slot(chunk.block_table, position)] = (-1,)
             if fatal:
                 self.world.scheduler.finish(chunk.sequence, FinishReason.ERROR)
@@ -192,8 +203,8 @@ def test_a_broken_prefix_cache_is_caught(policy: str, broken: type[PrefixCache])
 class ClaimsMoreThanItFound(Scheduler):
     """Takes one token more for computed than the blocks it starts from hold."""
 
-    def _admit(self, sequence: Sequence, draft: _Draft) -> bool:
-        admitted = super()._admit(sequence, draft)
+    def _admit(self, sequence: Sequence, plan: Plan) -> bool:
+        admitted = super()._admit(sequence, plan)
         if admitted and sequence.preemptions and sequence.remaining > 1:
             sequence.computed += 1
         return admitted
@@ -203,6 +214,38 @@ class ClaimsMoreThanItFound(Scheduler):
 def test_a_skipped_recomputation_is_caught(policy: str) -> None:
     with pytest.raises(AssertionError, match=r"the KV cache has other tokens|holds 0 blocks"):
         random_loads(policy, scheduler_type=ClaimsMoreThanItFound)
+
+
+class BelievesDrafts(World):
+    def agree(self, token: int, draft: int) -> bool:
+        return True
+
+
+class CachesDrafts(Scheduler):
+    """The blocks of drafts become known with those of the tokens."""
+
+    def commit(self, step: ScheduledStep) -> None:
+        super().commit(step)
+        size = self._pool.block_size
+        for chunk in step.chunks:
+            sequence = chunk.sequence
+            if sequence.finish_reason is None and self._cache is not None:
+                said, tip = sequence.tokens(0, chunk.stop) + chunk.drafts, self._tips[sequence.id]
+                for i in range(chunk.stop // size, chunk.end // size):
+                    tip = self._cache.insert(tip, said[i * size :][:size], sequence.block_table[i])
+                self._tips[sequence.id] = tip
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_draft_that_is_not_compared_is_caught(policy: str) -> None:
+    with pytest.raises(AssertionError):
+        random_loads(policy, BelievesDrafts, draft_tokens=4)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_draft_in_the_prefix_cache_is_caught(policy: str) -> None:
+    with pytest.raises(AssertionError):
+        random_loads(policy, scheduler_type=CachesDrafts, draft_tokens=4, blocks=40)
 
 
 # Chaos is chaotic, and ends.

@@ -190,3 +190,16 @@ def test_told_to_stop_it_finishes_its_streams(tmp_path: Path) -> None:
         lines = stream_and_signal(process, url, body, signal.SIGTERM)
         assert lines[-2:] == ["data: [DONE]", ""]
         assert process.wait(30) == -signal.SIGTERM
+
+
+def test_answers_are_those_without_drafts(tmp_path: Path) -> None:
+    """Though a streamed piece may bring several tokens."""
+    folder = tiny_folder(tmp_path)
+    answers: dict[float, set[Said]] = {0.0: set(), 0.8: set()}
+    for drafts in (0, 5):
+        with serving({"demo": tiny_llm(folder, draft_tokens=drafts)}) as running:
+            for temperature, said in asyncio.run(flood(running, 4, 12, 1, 60)).items():
+                answers[temperature] |= said
+            running.expect_idle()
+            assert bool(running.engine.accepted_tokens) is bool(drafts)
+    assert [len(said) for said in answers.values()] == [1, 1]

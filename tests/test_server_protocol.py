@@ -264,6 +264,8 @@ def test_probes_and_metrics(server: Running, alone: LLM) -> None:
     assert metric(server, 'isobatch_requests_total{path="/v1/completions",status="200"}') >= 1
     free, whole = (metric(server, f'isobatch_kv_blocks{name}{{model="tiny"}}') for name in ("_free", ""))
     assert free == whole > 0
+    drafts = [metric(server, f'isobatch_{name}_tokens{{model="tiny"}}') for name in ("drafted", "accepted")]
+    assert drafts == [0, 0]
 
 
 def metric(server: Running, name: str) -> float:

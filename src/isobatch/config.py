@@ -37,6 +37,8 @@ class EngineConfig:
         max_batch_sequences: the most sequences running at once.
         max_context: the longest prompt and reply together, in tokens; None for the model's own limit.
         prefix_cache: whether prompts with a common beginning share its keys and values.
+        draft_tokens: the most tokens that are guessed ahead for a completion, from what followed when it last
+            said the same, and verified in one step. Text that repeats itself or its prompt takes fewer steps.
         policy: "fcfs", or "chaos:SEED" for a scheduler that decides at random, as a test of the promise.
         load: "checkpoint" for stored weights; "random" for seeded random ones of a configuration: a name in
             models/presets.py, a folder with a config.json, or such a file. A model with random weights has no
@@ -56,6 +58,7 @@ class EngineConfig:
     max_batch_sequences: int = 256
     max_context: int | None = None
     prefix_cache: bool = True
+    draft_tokens: int = 0
     policy: str = "fcfs"
     load: Load = "checkpoint"
     layers: int | None = None
@@ -81,6 +84,9 @@ class EngineConfig:
                 continue
             if type(value) is not int or value < 1:
                 raise ConfigError(f"bad {name}", expected="an integer of 1 or more", got=repr(value))
+        if type(self.draft_tokens) is not int or self.draft_tokens < 0:
+            got = repr(self.draft_tokens)
+            raise ConfigError("bad draft_tokens", expected="an integer of 0 or more", got=got)
         if type(self.prefix_cache) is not bool:
             raise ConfigError("bad prefix_cache", expected="True or False", got=repr(self.prefix_cache))
         if not isinstance(self.policy, str):

@@ -83,13 +83,17 @@ class Engine:
         config: how to use the machine.
         identity: of model and numerics, whose fingerprint goes into every reply; None with stock kernels.
 
+    Attributes:
+        drafted_tokens: how many guesses have been computed since the engine was made; for reports only.
+        accepted_tokens: how many of them were said.
+
     Raises:
         ConfigError: as `check_settings`.
         FloatEnvironmentError, ForkedProcessError: as `require_ieee`.
 
     Determinism:
         A reply depends on its prompt, parameters and seed, the weights and the numerics class. Not on the
-        other requests, their order, the policy, the batch limits, or the size of the cache.
+        other requests, their order, the policy, the batch limits, the size of the cache, or drafts.
     """
 
     def __init__(
@@ -108,7 +112,10 @@ class Engine:
         self.max_context = config.max_context or decoder.config.context_length
         self._blocks = kv_blocks(decoder.config, config.cache_bytes, config.number_bytes)
         self._caches = decoder.kv_caches(self._blocks)
-        self._runner = Runner(decoder, self._caches, config.max_batch_sequences, self.max_context)
+        sequences = config.max_batch_sequences
+        rows = min(sequences * (1 + config.draft_tokens), max(sequences, config.max_batch_tokens))
+        self._runner = Runner(decoder, self._caches, rows, self.max_context)
+        self.drafted_tokens = self.accepted_tokens = 0
         self.eos_token_ids = frozenset(tokenizer.eos_token_ids if tokenizer else decoder.config.eos_token_ids)
         self._requests: dict[int, _Request] = {}
         self._ids = itertools.count()
@@ -125,6 +132,7 @@ class Engine:
             max_batch_tokens=self.config.max_batch_tokens,
             max_batch_sequences=self.config.max_batch_sequences,
             max_context=self.max_context,
+            draft_tokens=self.config.draft_tokens,
         )
         self._owner: dict[int, tuple[_Request, Transcript]] = {}
         self._flight: Flight | None = None
@@ -286,21 +294,26 @@ class Engine:
 
     def _may_run_ahead(self, flight: Flight) -> bool:
         """Whether a step can be planned before the tokens of this one are seen."""
+        if self.config.draft_tokens:
+            return False  # they are what the next drafts are looked up by
         sampled = (row.sequence for row in flight.rows if row.samples)
         return isinstance(self.decoder.ops, QueuedOps) and not any(map(sampler.needs_history, sampled))
 
     def _commit(self, flight: Flight) -> None:
-        """Counts the step's tokens as computed, and those that it samples as there."""
+        """Counts the step's tokens as computed, and those that it samples as there; drafts only as tried."""
         self.scheduler.commit(flight.step)
         for row in flight.rows:
-            if row.samples and row.sequence.finish_reason is None:
+            if row.drafts:
+                self.drafted_tokens += 1
+            elif row.samples and row.sequence.finish_reason is None:
                 row.sequence.append(PENDING)
 
     def _take_all(self, results: list[Result]) -> dict[int, _Request]:
         """Records results. Returns the requests they belong to, without those that are over already."""
         touched = {}
         for result in results:
-            if result.row.sequence.finish_reason is None:
+            row = result.row
+            if row.sequence.finish_reason is None and (not row.drafts or row.counts):
                 request = self._take_in(result)
                 touched[request.id] = request
         return touched
@@ -317,6 +330,10 @@ class Engine:
             if entry is not None:
                 request.prompt_log_probs[result.row.position] = entry
             return request
+        if result.row.drafts:
+            self.scheduler.accept(sequence)
+            self.accepted_tokens += 1
+            sequence.append(PENDING)
         sequence.resolve(result.token)
         if entry is not None:
             transcript.log_probs.append(entry)

@@ -4,6 +4,10 @@ A step of decode launches hundreds of kernels that take microseconds each; queue
 longer than the device. Recorded, they are one launch. A recording reads its inputs where they lay when it was
 made. So they lie in buffers that all recordings share, padded to the size of a rung: a padded row has context
 length 0 and no slot, reads nothing, writes nothing, and is dropped before the output projection.
+
+A draft is a row like any other, over its sequence's blocks and with a context one longer than that of the
+row before it: in each layer all rows write their keys before any is read. Drafts lie behind all known tokens,
+which so keep their rows, and their block tables, from step to step.
 """
 
 from __future__ import annotations
@@ -41,15 +45,15 @@ class DecodeGraphs:
         decoder: the model.
         ops: its own.
         caches: one per layer.
-        max_sequences: the most sequences of a step.
+        max_rows: the most rows of a step.
         max_context: the most tokens of a sequence.
     """
 
     def __init__(
-        self, decoder: Decoder, ops: QueuedOps, caches: Sequence[Cache], max_sequences: int, max_context: int
+        self, decoder: Decoder, ops: QueuedOps, caches: Sequence[Cache], max_rows: int, max_context: int
     ) -> None:
         self._decoder, self._ops, self._caches = decoder, ops, caches
-        self._rungs = ladder(max_sequences)
+        self._rungs = ladder(max_rows)
         self._max_context = max_context
         most = self._rungs[-1]
         # Token ids, positions, slots.
@@ -61,8 +65,8 @@ class DecodeGraphs:
         self._recorded: dict[tuple[int, int], tuple[Callable[[], object], torch.Tensor]] = {}
 
     def fits(self, step: ScheduledStep) -> bool:
-        """Whether the step is all decode: one token of each sequence, whose logits are wanted."""
-        return len(step.chunks) <= self._rungs[-1] and all(
+        """Whether the step is all decode: one token of each sequence, whose logits are wanted, and drafts."""
+        return sum(1 + len(chunk.drafts) for chunk in step.chunks) <= self._rungs[-1] and all(
             chunk.samples and len(chunk.token_ids) == 1 and chunk.start >= len(chunk.sequence.prompt_ids)
             for chunk in step.chunks
         )
@@ -75,19 +79,25 @@ class DecodeGraphs:
             patch: writes pending tokens into the token ids, or None.
 
         Returns:
-            Logits, float32 [R, V]. Their projection is not recorded: each recording would keep its own, and
-            those of a thousand rows take hundreds of megabytes.
+            Logits, float32 [R, V], a sequence's drafts behind its token. Their projection is not recorded:
+            each recording would keep its own, and those of a thousand rows take hundreds of megabytes.
         """
         ops, chunks = self._ops, step.chunks
-        size = self._rungs[bisect_left(self._rungs, len(chunks))]
-        spare = size - len(chunks)
-        positions = [chunk.start for chunk in chunks]
-        slots = [chunk.block_table[chunk.start // PAGE] * PAGE + chunk.start % PAGE for chunk in chunks]
+        # Of each draft the chunk; of each row the chunk's table, and the position.
+        owners = [at for at, chunk in enumerate(chunks) for _ in chunk.drafts]
+        rows = [(chunk.block_table, chunk.start) for chunk in chunks]
+        rows += [(c.block_table, p) for c in chunks if c.drafts for p in range(c.stop, c.end)]
+        size = self._rungs[bisect_left(self._rungs, len(rows))]
+        spare = size - len(rows)
+        positions = [position for _, position in rows]
+        slots = [table[position // PAGE] * PAGE + position % PAGE for table, position in rows]
         tokens = [max(0, chunk.token_ids[0]) for chunk in chunks]
+        tokens += chain.from_iterable(chunk.drafts for chunk in chunks)
         ints = [[*tokens, *[0] * spare], [*positions, *[0] * spare], [*slots, *[_NOWHERE] * spare]]
         self._ints[:, :size].copy_(ops.tensor(ints))
         self._lengths[:size].copy_(ops.tensor([*(p + 1 for p in positions), *[0] * spare], torch.int32))
         self._show([chunk.block_table for chunk in chunks])
+        self._show_again(owners, len(chunks))
         if patch is not None:
             patch(self._ints[0])
         key = size, self._bound(size, max(positions) + 1)
@@ -95,7 +105,13 @@ class DecodeGraphs:
             self._record(*key)
         replay, hidden = self._recorded[key]
         replay()
-        return self._decoder.logits(hidden[: len(chunks)])
+        if not owners:
+            return self._decoder.logits(hidden[: len(rows)])
+        order, behind = [], len(chunks)
+        for row, chunk in enumerate(chunks):
+            order += [row, *range(behind, behind + len(chunk.drafts))]
+            behind += len(chunk.drafts)
+        return self._decoder.logits(hidden[ops.tensor(order)])
 
     def _bound(self, size: int, context: int) -> int:
         """The context that a recording is made for, which covers this one."""
@@ -119,6 +135,14 @@ class DecodeGraphs:
             self._tables.view(-1).index_copy_(0, at, values.int())
         for row in changed:
             self._shown[row] = tables[row]
+
+    def _show_again(self, rows: list[int], start: int) -> None:
+        """Copies the tables of rows, which are up to date, to the rows from `start` on."""
+        if rows:
+            shown = slice(start, start + len(rows))
+            self._shown[shown] = [()] * len(rows)
+            self._tables[shown] = self._tables[self._ops.tensor(rows)]
+            self._shown[shown] = [self._shown[row] for row in rows]
 
     def _record(self, size: int, context: int) -> None:
         """Records a step of `size` rows, whose contexts are at most `context`."""

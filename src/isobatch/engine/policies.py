@@ -24,6 +24,9 @@ class Policy(Protocol):
     def chunk(self, sequence: Sequence, most: int) -> int:
         """Return how many tokens to compute now, 1 to `most`."""
 
+    def drafts(self, sequence: Sequence, most: int) -> int:
+        """Return how many guessed tokens to compute behind the chunk, 0 to `most`, which is 1 or more."""
+
     def interrupts(self, sequence: Sequence) -> bool:
         """Whether a running sequence loses its blocks before this step, though nobody needs them."""
 
@@ -41,6 +44,10 @@ class FirstComeFirstServed:
 
     def chunk(self, sequence: Sequence, most: int) -> int:
         """Everything that fits."""
+        return most
+
+    def drafts(self, sequence: Sequence, most: int) -> int:
+        """All that there are."""
         return most
 
     def interrupts(self, sequence: Sequence) -> bool:
@@ -77,6 +84,10 @@ class Chaos:
     def chunk(self, sequence: Sequence, most: int) -> int:
         """Any length."""
         return self._random.randint(1, most)
+
+    def drafts(self, sequence: Sequence, most: int) -> int:
+        """Any number, none included."""
+        return self._random.randint(0, most)
 
     def interrupts(self, sequence: Sequence) -> bool:
         """On a whim, unless the sequence is calm."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from isobatch.engine.drafts import Drafter
 from isobatch.engine.sampling_params import SamplingParams
 from isobatch.errors import IntegrityError
 
@@ -46,6 +47,7 @@ class Sequence:
         output_ids: the tokens sampled so far; the last may be PENDING.
         computed: how many tokens, from position 0 on, have their keys and values in the cache.
         block_table: the KV blocks of the positions computed or about to be, in order of position.
+        drafter: guesses what comes next, from the tokens that it was shown.
         cached_tokens: how many prompt tokens the first admission found in the prefix cache; for reports only.
         preemptions: how often the sequence lost its blocks.
         finish_reason: None until it is over.
@@ -60,6 +62,7 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list, init=False)
     computed: int = field(default=0, init=False)
     block_table: list[int] = field(default_factory=list, init=False)
+    drafter: Drafter = field(default_factory=Drafter, init=False)
     cached_tokens: int = field(default=0, init=False)
     preemptions: int = field(default=0, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)

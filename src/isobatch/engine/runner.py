@@ -71,20 +71,16 @@ class Runner:
     Args:
         decoder: the model.
         caches: one per layer.
-        max_sequences: the most sequences of a step.
+        max_rows: the most rows of a step that is all decode.
         max_context: the most tokens of a sequence.
     """
 
-    def __init__(
-        self, decoder: Decoder, caches: Sequence[Cache], max_sequences: int, max_context: int
-    ) -> None:
+    def __init__(self, decoder: Decoder, caches: Sequence[Cache], max_rows: int, max_context: int) -> None:
         self._decoder = decoder
         self._caches = caches
         ops = decoder.ops
         self._graphs = (
-            DecodeGraphs(decoder, ops, caches, max_sequences, max_context)
-            if isinstance(ops, QueuedOps)
-            else None
+            DecodeGraphs(decoder, ops, caches, max_rows, max_context) if isinstance(ops, QueuedOps) else None
         )
 
     def launch(self, step: ScheduledStep, before: Flight | None = None) -> Flight:
@@ -121,8 +117,7 @@ class Runner:
         sampling = [i for i, row in enumerate(rows) if row.samples]
         tokens = None
         if sampling:
-            sequences = [rows[i].sequence for i in sampling]
-            tokens = sampler.draw(ops, _rows(logits, sampling), sequences)
+            tokens = sampler.draw(ops, _rows(logits, sampling), [rows[i] for i in sampling])
         arrived = None if tokens is None else ops.fetch(tokens)
         known = [-1 if row.samples else row.sequence.prompt_ids[row.position] for row in rows]
         counts = [

@@ -8,6 +8,7 @@ from collections.abc import Sequence as Rows
 
 import torch
 
+from isobatch.engine.batch import LogitRow
 from isobatch.engine.output import TokenLogProbs
 from isobatch.engine.request import Sequence
 from isobatch.kernels.sampling.cpu import PenaltyRows, SamplingRows
@@ -15,8 +16,9 @@ from isobatch.ops import Ops
 
 
 def choose(ops: Ops, logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
-    """The tokens of `draw`, waited for."""
-    tokens: list[int] = draw(ops, logits, sequences).tolist()
+    """The next token of each sequence, by `draw`, waited for."""
+    rows = [LogitRow(sequence, len(sequence), samples=True) for sequence in sequences]
+    tokens: list[int] = draw(ops, logits, rows).tolist()
     return tokens
 
 
@@ -26,30 +28,30 @@ def needs_history(sequence: Sequence) -> bool:
     return p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
 
 
-def draw(ops: Ops, logits: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
-    """Chooses the next token of each sequence.
+def draw(ops: Ops, logits: torch.Tensor, drawn: Rows[LogitRow]) -> torch.Tensor:
+    """Chooses a token for each row.
 
     Args:
         ops: what to compute with.
-        logits: float32 [S, V], one row per sequence.
-        sequences: whose rows these are.
+        logits: float32 [S, V].
+        drawn: what the rows are for. Drafts that a row takes for granted count as tokens of its sequence.
 
     Returns:
         int64 [S], -1 where the logits hold NaN or infinity.
 
     Determinism:
-        Each token depends on its row of logits, and its sequence's parameters, seed and tokens.
+        Each token depends on its row of logits, its position, and its sequence's parameters, seed and tokens.
     """
-    params = [sequence.params for sequence in sequences]
-    if any(needs_history(sequence) for sequence in sequences):
-        logits = ops.penalize(logits, _penalty_rows(ops, sequences))
+    params = [row.sequence.params for row in drawn]
+    if any(needs_history(row.sequence) for row in drawn):
+        logits = ops.penalize(logits, _penalty_rows(ops, drawn))
     rows = SamplingRows(
         temperature=ops.tensor([p.temperature for p in params], torch.float32),
         top_k=ops.tensor([p.top_k for p in params]),
         top_p=ops.tensor([p.top_p for p in params], torch.float32),
         min_p=ops.tensor([p.min_p for p in params], torch.float32),
-        seed=ops.tensor([_signed(sequence.seed) for sequence in sequences]),
-        position=ops.tensor([len(sequence) for sequence in sequences]),
+        seed=ops.tensor([_signed(row.sequence.seed) for row in drawn]),
+        position=ops.tensor([row.position for row in drawn]),
         greedy=all(p.temperature == 0 for p in params),
         unfiltered=all(p.top_k == 0 and p.top_p == 1 for p in params),
     )
@@ -88,15 +90,16 @@ def _signed(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
-def _penalty_rows(ops: Ops, sequences: Rows[Sequence]) -> PenaltyRows:
+def _penalty_rows(ops: Ops, drawn: Rows[LogitRow]) -> PenaltyRows:
     seen: list[dict[int, int]] = []
-    for sequence in sequences:
-        counts: dict[int, int] = {}
+    for row in drawn:
+        sequence, counts = row.sequence, dict[int, int]()
         if needs_history(sequence):
-            counts = dict.fromkeys(sequence.prompt_ids, 0) | Counter(sequence.output_ids)
+            said = Counter((*sequence.output_ids, *row.drafts))
+            counts = dict.fromkeys(sequence.prompt_ids, 0) | said
         seen.append(counts)
     widest = max(1, *map(len, seen))
-    params = [sequence.params for sequence in sequences]
+    params = [row.sequence.params for row in drawn]
     return PenaltyRows(
         ids=ops.tensor([[*c, *[-1] * (widest - len(c))] for c in seen]),
         counts=ops.tensor([[*c.values(), *[0] * (widest - len(c))] for c in seen]),

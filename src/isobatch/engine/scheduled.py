@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from isobatch.engine.prefix_cache import Node
 from isobatch.engine.request import Sequence
 
 
@@ -17,6 +18,8 @@ class Chunk:
         token_ids: the tokens, at least one.
         block_table: the sequence's blocks, enough for the chunk's last token.
         samples: whether the chunk ends at the last known token, so that its logits give the next one.
+        drafts: guesses of the tokens after the last known one, to be computed behind it and sampled from as
+            well; only where the chunk samples. The block table is enough for these too.
     """
 
     sequence: Sequence
@@ -24,11 +27,17 @@ class Chunk:
     token_ids: tuple[int, ...]
     block_table: tuple[int, ...]
     samples: bool
+    drafts: tuple[int, ...] = ()
 
     @property
     def stop(self) -> int:
-        """The position after the last."""
+        """The position after the last token."""
         return self.start + len(self.token_ids)
+
+    @property
+    def end(self) -> int:
+        """The position after the last draft."""
+        return self.stop + len(self.drafts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +51,22 @@ class ScheduledStep:
 
     chunks: tuple[Chunk, ...]
     preempted: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Plan:
+    """A step in the making.
+
+    Attributes:
+        budget: how many tokens it has room for.
+        chunks: by the id of their sequence.
+        preempted: as in the step.
+        admitting: whether sequences that wait may still be let in.
+        filling: the block that each chunk fills first, as (what comes before it, its tokens).
+    """
+
+    budget: int
+    chunks: dict[int, Chunk] = field(default_factory=dict)
+    preempted: list[int] = field(default_factory=list)
+    admitting: bool = True
+    filling: set[tuple[Node, tuple[int, ...]]] = field(default_factory=set)

@@ -13,32 +13,24 @@ The engine's loop: `schedule`, run the chunks, `commit`, append a token to each 
 An appended token may be PENDING while the device still computes it. The next step may be planned and queued
 behind it all the same: a chunk that ends in it gets it on the device. A sequence whose last token it is to be
 is passed over, since with it the sequence is over.
+
+What is left of a step's tokens and blocks goes to drafts, guesses behind the last known token: they preempt
+nobody. Only `accept` counts one as computed; blocks that drafts alone needed go back before the next step.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from dataclasses import replace
 from itertools import islice
 
 from isobatch.engine.block_pool import BlockPool
+from isobatch.engine.holdings import check_holdings
 from isobatch.engine.policies import Policy
 from isobatch.engine.prefix_cache import Node, PrefixCache
 from isobatch.engine.request import FinishReason, Sequence
-from isobatch.engine.scheduled import Chunk, ScheduledStep
+from isobatch.engine.scheduled import Chunk, Plan, ScheduledStep
 from isobatch.errors import CapacityError, ConfigError, IntegrityError, PromptError, UnknownRequestError
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A step in the making."""
-
-    budget: int
-    chunks: dict[int, Chunk] = field(default_factory=dict)
-    preempted: list[int] = field(default_factory=list)
-    admitting: bool = True
-    # The block that each chunk fills first, as (what comes before it, its tokens).
-    filling: set[tuple[Node, tuple[int, ...]]] = field(default_factory=set)
 
 
 class Scheduler:
@@ -51,9 +43,10 @@ class Scheduler:
         max_batch_tokens: the most tokens in one step.
         max_batch_sequences: the most sequences running at once.
         max_context: the most tokens of prompt and reply together, in tokens.
+        draft_tokens: the most drafts of a sequence in one step.
 
     Raises:
-        ConfigError: a limit below 1.
+        ConfigError: a limit below 1, or drafts below 0.
 
     Determinism: replies do not depend on anything decided here; see the module's own text.
     """
@@ -67,12 +60,13 @@ class Scheduler:
         max_batch_tokens: int,
         max_batch_sequences: int,
         max_context: int,
+        draft_tokens: int = 0,
     ) -> None:
-        if min(max_batch_tokens, max_batch_sequences, max_context) < 1:
+        if min(max_batch_tokens, max_batch_sequences, max_context, draft_tokens + 1) < 1:
             raise ConfigError(
                 "a scheduler that could run nothing",
-                expected="max_batch_tokens, max_batch_sequences and max_context of 1 or more",
-                got=f"{max_batch_tokens}, {max_batch_sequences} and {max_context}",
+                expected="max_batch_tokens, max_batch_sequences, max_context of 1 or more, draft_tokens of 0",
+                got=f"{max_batch_tokens}, {max_batch_sequences}, {max_context} and {draft_tokens}",
             )
         self._pool = pool
         self._cache = prefix_cache
@@ -80,6 +74,7 @@ class Scheduler:
         self._max_batch_tokens = max_batch_tokens
         self._max_batch_sequences = max_batch_sequences
         self._max_context = max_context
+        self._draft_tokens = draft_tokens
         self._waiting: OrderedDict[int, Sequence] = OrderedDict()
         self._running: dict[int, Sequence] = {}
         self._tips: dict[int, Node] = {}  # per running sequence, the cache's node of its last full block
@@ -203,29 +198,35 @@ class Scheduler:
         self._planned = None
         if not self.has_work:
             return None
-        draft = _Draft(budget=self._max_batch_tokens)
+        plan = Plan(budget=self._max_batch_tokens)
         for sequence in list(self._running.values()):
             if self._policy.interrupts(sequence):
-                self._preempt(sequence, draft)
+                self._preempt(sequence, plan)
+            elif self._draft_tokens:
+                self._trim(sequence)
         # No more than this many can be admitted in a step, so a long queue costs no more than a short one.
         queue = islice(self._waiting.values(), self._max_batch_sequences)
         passed_over = False
         for sequence in sorted([*self._running.values(), *queue], key=self._policy.rank):
-            if draft.budget == 0:
+            if plan.budget == 0:
                 break
             if sequence.pending and len(sequence) >= self.token_limit(sequence):
                 passed_over = True
-            elif sequence.id in self._running or self._admit(sequence, draft):
-                self._place(sequence, draft)
-        if not draft.chunks and passed_over:
+            elif sequence.id in self._running or self._admit(sequence, plan):
+                self._place(sequence, plan)
+        if not plan.chunks and passed_over:
             return None
-        if not draft.chunks:
+        if not plan.chunks:
             raise IntegrityError("no sequence can go on", got=f"{self.num_running} running, all blocks taken")
-        self._planned = ScheduledStep(tuple(draft.chunks.values()), tuple(draft.preempted))
+        if self._draft_tokens:
+            self._add_drafts(plan)
+        self._planned = ScheduledStep(tuple(plan.chunks.values()), tuple(plan.preempted))
         return self._planned
 
     def commit(self, step: ScheduledStep) -> None:
         """Record that the step has been run: its tokens are computed, and its full blocks become known.
+
+        Its drafts are not: see `accept`.
 
         Args:
             step: the latest from `schedule`, not committed before. Sequences finished since are passed over.
@@ -236,19 +237,26 @@ class Scheduler:
         if step is not self._planned:
             raise IntegrityError("a stale step", expected="the latest from schedule(), committed once")
         self._planned = None
-        size = self._pool.block_size
         for chunk in step.chunks:
-            sequence = chunk.sequence
-            if sequence.finish_reason is not None:
-                continue
-            sequence.computed = chunk.stop
-            if self._cache is None:
-                continue
-            tip = self._tips[sequence.id]
-            for index in range(chunk.start // size, chunk.stop // size):
-                tokens = self._block_tokens(sequence, index)
-                tip = self._cache.insert(tip, tokens, sequence.block_table[index])
-            self._tips[sequence.id] = tip
+            if chunk.sequence.finish_reason is None:
+                self._count(chunk.sequence, chunk.stop)
+
+    def accept(self, sequence: Sequence) -> None:
+        """Record that the last known token, drawn just now, is computed: it was the draft at its place.
+
+        Args:
+            sequence: whose chunk of the step committed last had that draft. It needs another token now.
+
+        Raises:
+            IntegrityError: it has other tokens to compute, or no block for this one.
+        """
+        if sequence.remaining != 1 or len(sequence.block_table) < self._blocks_for(len(sequence)):
+            raise IntegrityError(
+                f"sequence {sequence.id} cannot have computed its last token",
+                expected="1 token left to compute, and a block for it",
+                got=f"{sequence.remaining} left, {len(sequence.block_table)} blocks",
+            )
+        self._count(sequence, len(sequence))
 
     def check(self) -> None:
         """Verify the pool, the cache, and that every reference is a running sequence's. Slow; for tests.
@@ -256,39 +264,15 @@ class Scheduler:
         Raises:
             IntegrityError: something does not add up.
         """
-        self._pool.check()
-        if self._cache is not None:
-            self._cache.check()
-        size = self._pool.block_size
-        holders: Counter[int] = Counter()
-        content: dict[int, tuple[int, ...]] = {}
-        for sequence in self._running.values():
-            holders.update(sequence.block_table)
-            if not sequence.computed <= len(sequence.block_table) * size < self.token_limit(sequence) + size:
-                raise IntegrityError(f"sequence {sequence.id} holds {len(sequence.block_table)} blocks")
-            for index, block in enumerate(sequence.block_table):
-                prefix = sequence.tokens(0, min((index + 1) * size, len(sequence)))
-                shared = content.setdefault(block, prefix)
-                if self._pool.references(block) > 1 and (shared != prefix or len(prefix) % size):
-                    raise IntegrityError(f"block {block} is shared by sequences that differ")
-        for block in range(self._pool.num_blocks):
-            if self._pool.references(block) != holders[block]:
-                raise IntegrityError(
-                    f"block {block} has the wrong count",
-                    expected=f"{holders[block]} holders",
-                    got=self._pool.references(block),
-                )
-        if any(sequence.block_table or sequence.computed for sequence in self._waiting.values()):
-            raise IntegrityError("a waiting sequence holds blocks")
-        if self._tips.keys() != (set() if self._cache is None else self._running.keys()):
-            raise IntegrityError("the cache's nodes are not those of the running sequences")
+        running, waiting, nodes = self._running.values(), self._waiting.values(), self._tips.keys()
+        check_holdings(self._pool, self._cache, running, waiting, nodes=nodes, most=self.token_limit)
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._pool.block_size)
 
-    def _admit(self, sequence: Sequence, draft: _Draft) -> bool:
+    def _admit(self, sequence: Sequence, plan: Plan) -> bool:
         """Let a waiting sequence run, on the blocks the cache has for it, if the rest of it would fit."""
-        if not draft.admitting or len(self._running) >= self._max_batch_sequences:
+        if not plan.admitting or len(self._running) >= self._max_batch_sequences:
             return False
         size = self._pool.block_size
         hits: list[int] = []
@@ -299,7 +283,7 @@ class Scheduler:
             if sequence.params.prompt_logprobs is None:
                 tokens = sequence.tokens(0, len(sequence) - 1)
                 hits, tip = self._cache.match(tokens)
-                if (tip, tokens[len(hits) * size :][:size]) in draft.filling:
+                if (tip, tokens[len(hits) * size :][:size]) in plan.filling:
                     return False  # somebody in this very step computes its next block: a hit, one step later
             self._tips[sequence.id] = tip
         for block in hits:
@@ -307,7 +291,7 @@ class Scheduler:
         sequence.block_table = hits
         if self._blocks_for(len(sequence)) - len(hits) > self._pool.num_free:
             self._release(sequence)
-            draft.admitting = False  # the next in the queue must not overtake for being small
+            plan.admitting = False  # the next in the queue must not overtake for being small
             return False
         sequence.computed = len(hits) * size
         if not sequence.preemptions:
@@ -316,52 +300,93 @@ class Scheduler:
         self._running[sequence.id] = sequence
         return True
 
-    def _place(self, sequence: Sequence, draft: _Draft) -> None:
+    def _place(self, sequence: Sequence, plan: Plan) -> None:
         """Give a running sequence its chunk of the step, unless there is no block for it."""
         remaining = sequence.remaining
         if not remaining:
             raise IntegrityError(f"sequence {sequence.id} has no token to compute", expected="one appended")
-        most = min(self._room(sequence, draft), remaining, draft.budget)
+        most = min(self._room(sequence, plan), remaining, plan.budget)
         if most == 0:
             return
         count = self._policy.chunk(sequence, most)
         if not 1 <= count <= most:
             raise IntegrityError("a policy's chunk is out of range", expected=f"1 to {most}", got=count)
         start, stop = sequence.computed, sequence.computed + count
-        while len(sequence.block_table) < self._blocks_for(stop):
-            sequence.block_table.append(self._pool.allocate())
+        self._reserve(sequence, stop)
         table = tuple(sequence.block_table)
         tokens = sequence.tokens(start, stop)
-        draft.chunks[sequence.id] = Chunk(sequence, start, tokens, table, samples=count == remaining)
-        draft.budget -= count
+        plan.chunks[sequence.id] = Chunk(sequence, start, tokens, table, samples=count == remaining)
+        plan.budget -= count
         index = start // self._pool.block_size
         if self._cache is not None and stop >= (index + 1) * self._pool.block_size:
-            draft.filling.add((self._tips[sequence.id], self._block_tokens(sequence, index)))
+            plan.filling.add((self._tips[sequence.id], self._block_tokens(sequence, index)))
 
-    def _room(self, sequence: Sequence, draft: _Draft) -> int:
+    def _add_drafts(self, plan: Plan) -> None:
+        """Give what is left of the step to drafts, in the order of the chunks."""
+        for chunk in plan.chunks.values():
+            sequence, drafter = chunk.sequence, chunk.sequence.drafter
+            if sequence.pending:
+                continue  # nothing can be looked up before its last token is known
+            drafter.extend(sequence.tokens(len(drafter), chunk.stop))
+            room = (len(sequence.block_table) + self._pool.num_free) * self._pool.block_size - chunk.stop
+            # The last token that a sequence may have is never computed, so neither is a draft in its place.
+            most = min(self._draft_tokens, plan.budget, room, self.token_limit(sequence) - 1 - chunk.stop)
+            drafts = drafter.propose(most) if chunk.samples and most > 0 else ()
+            if not drafts:
+                continue
+            count = self._policy.drafts(sequence, len(drafts))
+            if not 0 <= count <= len(drafts):
+                said = f"0 to {len(drafts)}"
+                raise IntegrityError("a policy's drafts are out of range", expected=said, got=count)
+            self._reserve(sequence, chunk.stop + count)
+            table = tuple(sequence.block_table)
+            plan.chunks[sequence.id] = replace(chunk, drafts=drafts[:count], block_table=table)
+            plan.budget -= count
+
+    def _reserve(self, sequence: Sequence, tokens: int) -> None:
+        """Give a sequence blocks for so many tokens; they are free."""
+        while len(sequence.block_table) < self._blocks_for(tokens):
+            sequence.block_table.append(self._pool.allocate())
+
+    def _trim(self, sequence: Sequence) -> None:
+        """Take back the blocks that were for drafts alone."""
+        while len(sequence.block_table) > self._blocks_for(len(sequence)):
+            self._pool.decref(sequence.block_table.pop())
+
+    def _count(self, sequence: Sequence, computed: int) -> None:
+        """Count a sequence's tokens as computed; the cache gets to know the blocks that they fill."""
+        first, sequence.computed = sequence.computed, computed
+        if self._cache is None:
+            return
+        tip, size = self._tips[sequence.id], self._pool.block_size
+        for index in range(first // size, computed // size):
+            tip = self._cache.insert(tip, self._block_tokens(sequence, index), sequence.block_table[index])
+        self._tips[sequence.id] = tip
+
+    def _room(self, sequence: Sequence, plan: Plan) -> int:
         """Return how many more tokens there are blocks for, preempting others rather than returning 0."""
         size = self._pool.block_size
         while not (room := (len(sequence.block_table) + self._pool.num_free) * size - sequence.computed):
             # Whoever is in the step keeps its blocks: they are about to be read. If that leaves nobody, the
             # sequence sits this step out.
-            out = (other for other in self._running.values() if other.id not in draft.chunks)
+            out = (other for other in self._running.values() if other.id not in plan.chunks)
             others = [other for other in out if other is not sequence]
             if not others:
                 break
-            self._preempt(self._policy.victim(others), draft)
+            self._preempt(self._policy.victim(others), plan)
         return room
 
     def _block_tokens(self, sequence: Sequence, index: int) -> tuple[int, ...]:
         size = self._pool.block_size
         return sequence.tokens(index * size, (index + 1) * size)
 
-    def _preempt(self, sequence: Sequence, draft: _Draft) -> None:
+    def _preempt(self, sequence: Sequence, plan: Plan) -> None:
         """Take a running sequence's blocks away and put it at the head of the queue."""
         self._release(sequence)
         sequence.preemptions += 1
         self._waiting[sequence.id] = sequence
         self._waiting.move_to_end(sequence.id, last=False)
-        draft.preempted.append(sequence.id)
+        plan.preempted.append(sequence.id)
 
     def _release(self, sequence: Sequence) -> None:
         """Give all blocks back, the last first, so that the cache loses prefixes from their ends."""

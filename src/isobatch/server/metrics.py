@@ -50,6 +50,8 @@ class Metrics:
                 "completions_waiting": "Without",
                 "kv_blocks": "Of the KV cache",
                 "kv_blocks_free": "Of the KV cache, held by no request",
+                "drafted_tokens": "Guessed ahead and computed, since the start",
+                "accepted_tokens": "Of these, said",
             }.items()
         }
         for model, worker in workers.items():
@@ -70,6 +72,8 @@ def _watch(gauges: Mapping[str, Gauge], model: str, worker: Worker) -> None:
         "completions_waiting": lambda: float(engine.scheduler.num_waiting),
         "kv_blocks": lambda: float(engine.pool.num_blocks),
         "kv_blocks_free": lambda: float(engine.pool.num_free),
+        "drafted_tokens": lambda: float(engine.drafted_tokens),
+        "accepted_tokens": lambda: float(engine.accepted_tokens),
     }
     for name, read in readers.items():
         gauges[name].labels(model).set_function(read)
