@@ -15,7 +15,7 @@ from itertools import chain
 import torch
 
 from isobatch.engine.scheduled import ScheduledStep
-from isobatch.kernels.layout import PAGE, Cache
+from isobatch.kernels.layout import Cache
 from isobatch.models.decoder import Decoder
 from isobatch.models.inputs import Batch
 from isobatch.ops.queued import QueuedOps
@@ -55,7 +55,7 @@ class DecodeGraphs:
         # Token ids, positions, slots.
         self._ints = ops.tensor([[0] * most, [0] * most, [_NOWHERE] * most])
         self._lengths = ops.tensor([0] * most, torch.int32)
-        pages = -(-max_context // PAGE)
+        pages = -(-max_context // ops.page)
         self._tables = torch.zeros(most, pages, dtype=torch.int32, device=ops.device)
         self._shown: list[tuple[int, ...]] = [()] * most
         self._recorded: dict[tuple[int, int], tuple[Callable[[], object], torch.Tensor]] = {}
@@ -78,11 +78,11 @@ class DecodeGraphs:
             Logits, float32 [R, V]. Their projection is not recorded: each recording would keep its own, and
             those of a thousand rows take hundreds of megabytes.
         """
-        ops, chunks = self._ops, step.chunks
+        ops, chunks, page = self._ops, step.chunks, self._ops.page
         size = self._rungs[bisect_left(self._rungs, len(chunks))]
         spare = size - len(chunks)
         positions = [chunk.start for chunk in chunks]
-        slots = [chunk.block_table[chunk.start // PAGE] * PAGE + chunk.start % PAGE for chunk in chunks]
+        slots = [chunk.block_table[chunk.start // page] * page + chunk.start % page for chunk in chunks]
         tokens = [max(0, chunk.token_ids[0]) for chunk in chunks]
         ints = [[*tokens, *[0] * spare], [*positions, *[0] * spare], [*slots, *[_NOWHERE] * spare]]
         self._ints[:, :size].copy_(ops.tensor(ints))
