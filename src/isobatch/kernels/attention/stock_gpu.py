@@ -50,16 +50,20 @@ def attention(q: torch.Tensor, cache: DenseCache, rows: GpuPagedRows, scale: flo
         return stock.attention(q, cache, rows, scale)
     if len(rows.decodes) == len(rows.queries):
         return _decode(q, cache, rows, scale)
+    alone = [r for r in rows.chunks if rows.queries[r] == rows.contexts[r] >= _ALONE]
+    together = tuple(r for r in rows.chunks if r not in alone)
+    if len(together) == len(rows.queries):
+        return _ragged(q, cache, rows, together, scale)
     out = torch.empty_like(q)
     if rows.decodes:
-        at = rows.once("rows of decodes", lambda: rows.upload([rows.begins[r] for r in rows.decodes]).long())
+        at = _rows_of(rows, rows.decodes)
         out[at] = _decode(q[at], cache, rows, scale)
-    alone = [r for r in rows.chunks if rows.queries[r] == rows.contexts[r] >= _ALONE]
     for r in alone:
         own = slice(rows.begins[r], rows.begins[r] + rows.queries[r])
         out[own] = _fresh(q[own], *gathered(cache, rows, (r,)), scale)
-    if together := tuple(r for r in rows.chunks if r not in alone):
-        _ragged(q, cache, rows, together, scale, out)
+    if together:
+        at = _rows_of(rows, together)
+        out[at] = _ragged(q[at], cache, rows, together, scale)
     return out
 
 
@@ -156,32 +160,22 @@ def _fresh(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> t
 
 
 def _ragged(
-    q: torch.Tensor,
-    cache: DenseCache,
-    rows: GpuPagedRows,
-    chosen: tuple[int, ...],
-    scale: float,
-    out: torch.Tensor,
-) -> None:
+    q: torch.Tensor, cache: DenseCache, rows: GpuPagedRows, chosen: tuple[int, ...], scale: float
+) -> torch.Tensor:
     """Chunks of any lengths, in one call of FlashAttention, which aligns the mask with the last key."""
     queries, contexts = ([many[r] for r in chosen] for many in (rows.queries, rows.contexts))
-    everyone = len(chosen) == len(rows.queries)
-
-    def places() -> torch.Tensor:
-        spans = (range(rows.begins[r], rows.begins[r] + rows.queries[r]) for r in chosen)
-        return rows.upload([*chain.from_iterable(spans)]).long()
-
-    at = None if everyone else rows.once(("places", chosen), places)
-    starts = [
-        rows.once((name, chosen), lambda many=many: rows.upload([0, *accumulate(many)]))  # type: ignore[misc]
-        for name, many in (("query starts", queries), ("key starts", contexts))
-    ]
+    q_starts, k_starts = rows.once(
+        ("starts", chosen), lambda: rows.upload([[0, *accumulate(many)] for many in (queries, contexts)])
+    )
     k, v = gathered(cache, rows, chosen)
     # What torch.nn.attention.varlen.varlen_attn calls, whose own arguments differ between versions.
-    result = torch.ops.aten._flash_attention_forward(
-        q if at is None else q[at], k, v, *starts, max(queries), max(contexts), 0.0, True, False, scale=scale
+    result: torch.Tensor = torch.ops.aten._flash_attention_forward(
+        q, k, v, q_starts, k_starts, max(queries), max(contexts), 0.0, True, False, scale=scale
     )[0]
-    if at is None:
-        out.copy_(result)
-    else:
-        out[at] = result
+    return result
+
+
+def _rows_of(rows: GpuPagedRows, chosen: tuple[int, ...]) -> torch.Tensor:
+    """Where the queries of some requests are."""
+    spans = (range(rows.begins[r], rows.begins[r] + rows.queries[r]) for r in chosen)
+    return rows.once(("rows", chosen), lambda: rows.upload([*chain.from_iterable(spans)]).long())
