@@ -91,6 +91,8 @@ NEIGHBOURS = {
     ("kernels/moe/cpu.py", "activation"),
     ("kernels/qkv/gpu_record.py", "rms_norm"),  # the fused kernel is certified against the separate ones
     ("kernels/qkv/gpu_record.py", "rotary"),
+    ("kernels/qkv/stock.py", "rms_norm"),  # torch's chain is torch's ops
+    ("kernels/qkv/stock.py", "rotary"),
     ("kernels/cpu/random_weights.py", "sampling"),  # the one generator of random words
     ("kernels/gpu/random_weights.py", "sampling"),
     ("kernels/embedding/cpu.py", "linear"),  # tied weights are stored once, in linear's panels
@@ -140,7 +142,7 @@ class Ban:
 
 
 NUMBERS = "(kernels|ops|models|engine)/.*"
-OURS = f"(?!.*/stock.py){NUMBERS}"
+OURS = f"(?!.*/stock(_gpu)?.py){NUMBERS}"
 LIBM = "(exp|log)[12]?[0p]?|expm1|pow|power|float_power|(arc|a)?(sin|cos|tan)h?2?|erfc?|l?gamma|cbrt"
 SUMS = "sum|mean|average|dot|inner|matmul|b?mm|mv|addmm|baddbmm|einsum|cumsum|var|std|norm|linalg.*|trapezoid"
 BANS = (

@@ -32,7 +32,7 @@ from isobatch.kernels.stock import DenseWeight
 from isobatch.models.decoder import Decoder
 from isobatch.models.loading import load_decoder
 from isobatch.models.presets import preset
-from isobatch.ops import gpu
+from isobatch.ops import cuda, gpu
 from isobatch.ops.gpu import GpuOps
 from isobatch.ops.queued import QueuedOps
 from tests.checkpoints import tiny_model, trained_bpe
@@ -190,7 +190,6 @@ def test_model_loads_and_answers(tmp_path: Path) -> None:
         ({"dtype": "bf16"}, UnknownKeyError, "bfloat16"),
         ({"device": "cuda", "dtype": "float32"}, ConfigError, "bfloat16 or float16"),
         ({"dtype": "bfloat16"}, ConfigError, "expected float32"),
-        ({"device": "cuda", "kernels": "stock"}, ConfigError, "on the CPU only"),
     ],
 )
 def test_settings_without_kernels_are_refused(settings: Any, error: type[Exception], said: str) -> None:
@@ -213,7 +212,7 @@ def test_what_a_recording_reads_lives_as_long_as_it(monkeypatch: pytest.MonkeyPa
         def replay(self) -> None:
             pass
 
-    monkeypatch.setattr(gpu, "INTERPRETED", False)
+    monkeypatch.setattr(cuda, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda _graph, pool: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))

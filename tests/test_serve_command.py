@@ -26,6 +26,7 @@ from tests.server_harness import tiny_folder, tiny_llm
         ("serve demo --grace -1", "bad --grace"),
         ("serve demo --api-key-file /no/such/file", "cannot read"),
         ("serve demo --kernels stock --compare-stock", "leave out --kernels stock"),
+        ("serve demo --set device=cuda --compare-stock", "which each of the two gets"),
         ("serve qwen3-8b --set load=random", "no tokenizer"),
         ("serve demo --set kv_cash_bytes=1", "did you mean 'kv_cache_bytes'?"),
     ],

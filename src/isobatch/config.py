@@ -76,8 +76,6 @@ class EngineConfig:
             raise ConfigError(
                 f"no kernels for this dtype on {self.device}", expected=expected, got=self.dtype
             )
-        if self.kernels == "stock" and self.device != "cpu":
-            raise ConfigError("stock kernels run on the CPU only", fix='use device="cpu"')
         for name in ("kv_cache_bytes", "max_batch_tokens", "max_batch_sequences", "max_context", "layers"):
             value = getattr(self, name)
             if value is None and name in ("kv_cache_bytes", "max_context", "layers"):

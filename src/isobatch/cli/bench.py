@@ -13,7 +13,9 @@ from rich.table import Table
 
 _RED_GATE = 1
 _RESULTS = Path("benchmarks/results")
-_SECTIONS = ("linear", "attention", "moe", "rows")
+# What --only may name.
+_PARTS = {"gpu": ("linear", "attention", "moe", "rows"), "serve": ("isobatch",)}
+_REPEATS = 3
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -24,14 +26,21 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         description="Checks the bits, then measures; a red gate prints no number. Needs the extra [bench].",
     )
     parser.add_argument("target", choices=("cpu", "gpu", "http", "serve", "verify"), help="what to measure")
-    parser.add_argument("--model", default="demo", help="SmolLM2-135M-Instruct by default; a .gguf file")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each side; medians count (default 3)")
+    parser.add_argument(
+        "--model",
+        help="a .gguf file, SmolLM2-135M-Instruct by default; of bench serve a name such as qwen3-8b (the "
+        "default) or where a config.json is",
+    )
+    parser.add_argument(
+        "--repeats", type=int, help="runs of each side; medians count (default 3, of bench serve 1)"
+    )
     parser.add_argument("--out", type=Path, help=f"results file (default {_RESULTS}/TARGET.json)")
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=_SECTIONS,
-        help="of bench gpu, these parts alone (results: gpu-PART.json)",
+        choices=[part for parts in _PARTS.values() for part in parts],
+        help="of bench gpu, these parts alone (results: gpu-PART.json); of bench serve isobatch, without "
+        "torch's side",
     )
     parser.add_argument(
         "--beside",
@@ -52,17 +61,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises:
         MissingDependencyError: transformers is not installed.
-        ConfigError: repeats below 1, parts of a bench that has none, or a bad file to compare with.
+        ConfigError: repeats below 1; a model, repeats or parts for a bench that has none, or a bad file to
+            compare with.
     """
     from isobatch.cli import beside, machine, results
-    from isobatch.errors import ConfigError
 
-    if arguments.repeats < 1:
-        raise ConfigError("bench: bad --repeats", expected="1 or more", got=arguments.repeats)
-    if arguments.only and arguments.target != "gpu":
-        raise ConfigError("bench: --only", expected="bench gpu", got=f"bench {arguments.target}")
-    if arguments.beside and arguments.target != "serve":
-        raise ConfigError("bench: --beside", expected="bench serve", got=f"bench {arguments.target}")
+    _check(arguments)
     sides = []
     if arguments.beside:  # read before minutes are spent
         sides = beside.read(arguments.beside, machine.gpu_name())
@@ -88,16 +92,39 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    from isobatch.cli.workloads import MODEL
+    from isobatch.errors import ConfigError
+
+    target = arguments.target
+    if arguments.repeats is not None and arguments.repeats < 1:
+        raise ConfigError("bench: bad --repeats", expected="1 or more", got=arguments.repeats)
+    if target == "gpu":
+        for option in ("model", "repeats"):
+            if getattr(arguments, option) is not None:
+                fix = f"leave out --{option}"
+                raise ConfigError(f"bench gpu has shapes and rounds of its own, no --{option}", fix=fix)
+    known = _PARTS.get(target, ())
+    if unknown := [part for part in arguments.only or () if part not in known]:
+        expected = " or ".join(known) or "no --only"
+        raise ConfigError(f"bench {target}: bad --only", expected=expected, got=" ".join(unknown))
+    if arguments.beside and target != "serve":
+        raise ConfigError("bench: --beside", expected="bench serve", got=f"bench {target}")
+    if arguments.beside and arguments.model not in (None, MODEL):
+        got = f"--model {arguments.model}"
+        raise ConfigError("bench serve: times of another model beside", expected=MODEL, got=got)
+
+
 def _on_cpu(arguments: argparse.Namespace, progress: Callable[[str], None]) -> dict[str, Any]:
     from isobatch.cli import bench_cpu, bench_http, bench_verify
     from isobatch.models.locate import demo_weights
 
     targets: dict[str, Any] = {"cpu": bench_cpu, "http": bench_http, "verify": bench_verify}
     target = targets[arguments.target]
-    model = demo_weights() if arguments.model == "demo" else Path(arguments.model)
+    model = demo_weights() if arguments.model in (None, "demo") else Path(arguments.model)
     if failures := target.gate(model):
         return {"failures": failures}
-    return {"gate": "green", "figures": target.measure(model, arguments.repeats, progress)}
+    return {"gate": "green", "figures": target.measure(model, arguments.repeats or _REPEATS, progress)}
 
 
 def _on_gpu(arguments: argparse.Namespace, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -105,6 +132,7 @@ def _on_gpu(arguments: argparse.Namespace, progress: Callable[[str], None]) -> d
 
     try:
         from isobatch.cli import bench_gpu, bench_serve
+        from isobatch.cli.workloads import MODEL
         from isobatch.kernels.gpu.device import INTERPRETED, device
     except ImportError as error:
         raise MissingDependencyError("Triton is not installed", fix="pip install isobatch[gpu]") from error
@@ -112,11 +140,9 @@ def _on_gpu(arguments: argparse.Namespace, progress: Callable[[str], None]) -> d
     if INTERPRETED:
         raise UnsupportedOpError("the interpreter's times say nothing", fix="unset TRITON_INTERPRET")
     if arguments.target == "serve":
-        engine = bench_serve.make_engine()
-        if failures := bench_serve.gate(engine):
-            return {"failures": failures}
-        return {"gate": "green", **bench_serve.measure(engine, progress)}
-    parts = arguments.only or list(_SECTIONS)
+        model, repeats = arguments.model or MODEL, arguments.repeats or bench_serve.REPEATS
+        return bench_serve.run(model, repeats, stock=not arguments.only, progress=progress)
+    parts = arguments.only or list(_PARTS["gpu"])
     verdicts = bench_gpu.gate(parts, progress)
     if failures := [str(verdict) for verdict in verdicts if not verdict.member]:
         return {"failures": failures}

@@ -1,23 +1,26 @@
 """The figures of `isobatch bench serve`: whole workloads through the engine on the GPU, weights random.
 
-Each workload runs twice, and the second run counts: kernels are compiled and graphs recorded in the first.
+Each workload runs once uncounted: kernels are compiled and graphs recorded in that run. The ratio to stock is
+our time over that of torch's own kernels (docs/adr/0021-stock-on-the-gpu.md) in the same engine.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from isobatch.cli.bench_gpu import ceilings
 from isobatch.cli.goals import Goal, Point, at_least, at_most
-from isobatch.cli.workloads import MODEL, WORKLOADS, Workload
-from isobatch.config import EngineConfig
-from isobatch.engine.backend import make_ops, open_model
-from isobatch.engine.engine import Engine
+from isobatch.cli.model import release
+from isobatch.cli.workloads import WORKLOADS, Workload
+from isobatch.config import EngineConfig, Kernels
+from isobatch.engine.backend import make_ops, open_model, require_memory
+from isobatch.engine.engine import Engine, check_settings
 from isobatch.engine.memory import block_bytes, weight_bytes
 from isobatch.engine.sampling_params import SamplingParams
 from isobatch.errors import IntegrityError
@@ -25,6 +28,7 @@ from isobatch.kernels.layout import PAGE
 from isobatch.models.config import ModelConfig
 from isobatch.models.loading import load_decoder
 
+REPEATS = 1
 _KV_TOKENS = 300_000
 _GATE_TOKENS = 48
 
@@ -32,20 +36,28 @@ GATE = Workload(41, (30, 900), (8, 60))
 """A prompt, and those among which its copies must not change."""
 
 
-def make_engine(model: str = MODEL) -> Engine:
-    """An engine on the GPU with random weights, and room for every workload."""
-    base = EngineConfig(device="cuda", load="random")
-    checkpoint = open_model(Path(model).name, base)
+def make_engine(model: str, kernels: Kernels = "isobatch") -> Engine:
+    """An engine on the GPU with random weights, and room for every workload.
+
+    Raises:
+        ConfigError: nobody knows the model, or its context is too short for the workloads.
+        OutOfMemoryError: it does not fit.
+    """
     config = EngineConfig(
+        kernels=kernels,
         device="cuda",
         load="random",
-        kv_cache_bytes=block_bytes(checkpoint.config, base.number_bytes) * (_KV_TOKENS // PAGE),
         max_batch_tokens=8192,
         max_batch_sequences=1024,
         max_context=8192,
         prefix_cache=False,
     )
-    decoder = load_decoder(checkpoint, make_ops(config, checkpoint.config), lambda _done, _total: None)
+    checkpoint = open_model(model, config)
+    room = block_bytes(checkpoint.config, config.number_bytes) * (_KV_TOKENS // PAGE)
+    config = replace(config, kv_cache_bytes=room)
+    check_settings(checkpoint.config, config)
+    require_memory(config, checkpoint)
+    decoder = load_decoder(checkpoint, make_ops(config, checkpoint.config))
     return Engine(decoder, None, config)
 
 
@@ -74,29 +86,64 @@ def gate(engine: Engine) -> list[str]:
     return [f"{wrong} of {len(copies)} copies differ from the reply alone"] if wrong else []
 
 
-def measure(engine: Engine, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Runs every workload.
+def run(model: str, repeats: int, stock: bool, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Checks the bits and runs every workload: by our kernels, then by torch's own in the same engine.
+
+    Args:
+        model: a configuration, whose weights are random.
+        repeats: counted runs of each workload and side.
+        stock: whether torch's side runs at all.
+        progress: told each workload.
+
+    Returns:
+        failures if the bits were wrong. Else ceilings of the device, goals with what was reached, and a point
+        for each workload.
+
+    Raises:
+        ConfigError, OutOfMemoryError: as `make_engine`.
+        IntegrityError: two runs of ours differ.
+    """
+    report = _ours(model, repeats, progress)
+    if stock and "failures" not in report:
+        release()  # the two are not held in memory at the same time
+        compare(report["points"], make_engine(model, "stock"), repeats, progress)
+        report["goals"] = summary(report["points"])
+    return report
+
+
+def _ours(model: str, repeats: int, progress: Callable[[str], None]) -> dict[str, Any]:
+    engine = make_engine(model)
+    if failures := gate(engine):
+        return {"failures": failures}
+    return {"gate": "green", "model": model, **measure(engine, repeats, progress)}
+
+
+def measure(engine: Engine, repeats: int, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Runs every workload by our kernels.
 
     Args:
         engine: as `make_engine` makes it, its bits checked.
+        repeats: counted runs.
         progress: told each workload.
 
     Returns:
         ceilings of the device, goals with what was reached, and a point for each workload.
+
+    Raises:
+        IntegrityError: two runs differ.
     """
     limits = ceilings()
-    points = list(_points(engine, limits, progress))
-    return {"model": MODEL, "ceilings": limits, "goals": summary(points), "points": points}
+    points = list(_points(engine, repeats, limits, progress))
+    return {"ceilings": limits, "repeats": repeats, "goals": summary(points), "points": points}
 
 
-def _points(engine: Engine, limits: dict[str, float], progress: Callable[[str], None]) -> Iterator[Point]:
+def _points(
+    engine: Engine, repeats: int, limits: dict[str, float], progress: Callable[[str], None]
+) -> Iterator[Point]:
     for workload in WORKLOADS:
-        progress(workload.name)
         asks = workload.asks(engine.decoder.config.vocab_size)
-        _, first = serve(engine, asks)
-        seconds, replies = serve(engine, asks)
-        pairs = zip(first, replies, strict=True)
-        if any(a.completions[0].token_ids != b.completions[0].token_ids for a, b in pairs):
+        seconds, runs = _timed(engine, workload, repeats, progress)
+        if any(other != runs[0] for other in runs):
             raise IntegrityError(f"{workload.name}: two runs differ")
         new = sum(params.max_tokens for _, params in asks)
         floor = floor_seconds(engine.decoder.config, asks, limits)
@@ -110,6 +157,35 @@ def _points(engine: Engine, limits: dict[str, float], progress: Callable[[str], 
             "goal_s": workload.goal or new / workload.rate,
         }
         progress(f"{workload.name}: {seconds:.2f} s, {new / seconds:.0f} tokens/s, floor {floor:.2f} s")
+
+
+def compare(points: list[Point], engine: Engine, repeats: int, progress: Callable[[str], None]) -> None:
+    """Runs every workload by torch's own kernels, and adds to each point how ours compare.
+
+    Args:
+        points: as `measure` gives them.
+        engine: the same model with stock kernels.
+        repeats: counted runs.
+        progress: told each workload.
+    """
+    for workload, point in zip(WORKLOADS, points, strict=True):
+        seconds, _ = _timed(engine, workload, repeats, progress)
+        point |= {"stock_s": seconds, "ratio_to_stock": point["seconds"] / seconds}
+        progress(f"{workload.name}: stock {seconds:.2f} s, ratio {point['ratio_to_stock']:.2f}")
+
+
+def _timed(
+    engine: Engine, workload: Workload, repeats: int, progress: Callable[[str], None]
+) -> tuple[float, list[list[tuple[int, ...]]]]:
+    """The median of the counted runs' seconds, and the replies' tokens of every run."""
+    progress(f"{engine.decoder.ops.name}: {workload.name}")
+    asks = workload.asks(engine.decoder.config.vocab_size)
+    times, runs = [], []
+    for _ in range(1 + repeats):  # in the first, kernels are compiled and graphs recorded
+        seconds, replies = serve(engine, asks)
+        times.append(seconds)
+        runs.append([reply.completions[0].token_ids for reply in replies])
+    return statistics.median(times[1:]), runs
 
 
 def floor_seconds(
@@ -137,4 +213,6 @@ def summary(points: list[Point]) -> list[Goal]:
             goals.append(at_most(f"{workload.name}: seconds", point["seconds"], workload.goal))
         else:
             goals.append(at_least(f"{workload.name}: tokens/s", point["tokens_per_s"], workload.rate))
+        if "ratio_to_stock" in point:
+            goals.append(at_most(f"{workload.name}: ratio to stock", point["ratio_to_stock"], 1.0))
     return goals

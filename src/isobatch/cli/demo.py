@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import random
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
+from isobatch.cli.model import MODEL_HELP, add_setting_options, release, settings_from
+
 if TYPE_CHECKING:
     from isobatch.audit.experiment import Load, Outcome
-    from isobatch.config import Kernels
+    from isobatch.config import EngineConfig, Kernels
     from isobatch.engine.llm import LLM
     from isobatch.engine.sampling_params import SamplingParams
-    from isobatch.engine.tokenizer import Tokenizer
+
+    Says = Callable[[Sequence[int]], str]
 
 PROMPT = "Tell me about Richard Feynman"
 _BROKEN_PROMISE = 1
@@ -38,6 +41,9 @@ _EXPERIMENT_CACHE = 512 << 20
 # scripts/find_close_call.py: the two likeliest first tokens are 2e-8 apart, so that the load decides.
 _SAMPLED_SEED = 1_097_590
 _KERNELS: tuple[Kernels, ...] = ("isobatch", "stock")
+_TITLES = {"greedy": "temperature 0", "sampled": "temperature 1"}
+# As many as a chat template adds, so that a prompt without words is no shorter than one with.
+_TOKENS_OF_A_CHAT = 20
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -45,11 +51,14 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "demo",
         help="one prompt many times under changing load: how many different answers?",
-        description=f"Sends copies of {PROMPT!r} among other prompts, at random times, to a scheduler that "
-        "decides at random: at temperature 0, then sampled with a seed; with our kernels, then with torch's "
-        "own. Exit code 0 only if isobatch gave one answer each time.",
+        description=f"Sends copies of {PROMPT!r} among other prompts, at random times: at temperature 0, "
+        "then sampled with a seed; with our kernels, then with torch's own. On the CPU the scheduler decides "
+        "at random too, unless --set policy says otherwise. Exit code 0 only if isobatch gave one "
+        "answer each time.",
     )
-    parser.add_argument("--model", default="demo", help="SmolLM2-135M-Instruct by default")
+    parser.add_argument("--model", default="demo", help=f"{MODEL_HELP} (default demo)")
+    add_setting_options(parser)
+    parser.add_argument("--only", choices=tuple(_TITLES), help="this run alone: at temperature 0, or sampled")
     parser.add_argument("--copies", type=int, default=64, help="copies of the prompt (default 64)")
     parser.add_argument("--others", type=int, default=16, help="other prompts between them (default 16)")
     parser.add_argument("--max-tokens", type=int, default=100, help="length of each reply (default 100)")
@@ -61,60 +70,105 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs both sides on the same loads and prints a table.
+    """Runs both sides on the same loads, or the one that --kernels names, and prints a table.
 
     Returns:
         0 if isobatch gave exactly one answer, the one given alone, to each; else 1.
 
     Raises:
-        ConfigError: too few copies or others.
+        ConfigError: too few copies or others, or a bad setting.
         InvalidSamplingError: max_tokens or seed out of range.
+        ModelError, OutOfMemoryError: as `LLM`.
     """
     from isobatch.cli import results
-    from isobatch.engine.sampling_params import SamplingParams
     from isobatch.errors import ConfigError
 
     if arguments.copies < 2 or arguments.others < 0:
         got = f"{arguments.copies} and {arguments.others}"
         raise ConfigError("demo: bad --copies or --others", expected="at least 2, and at least 0", got=got)
-    length = arguments.max_tokens
-    workloads = {
-        "greedy": SamplingParams(temperature=0, max_tokens=length),
-        "sampled": SamplingParams(temperature=1, max_tokens=length, seed=arguments.seed),
-    }
+    # All that can be wrong without a model is found before one is loaded.
+    configs = _configs(arguments)
+    workloads = _workloads(arguments, any(config.load == "random" for config in configs.values()))
     console = Console(stderr=True)
     outcomes: dict[str, dict[str, Outcome]] = {name: {} for name in workloads}
-    for kernels in _KERNELS:
-        llm = _load(arguments.model, kernels, arguments.chaos, console)
+    numerics: str | None = None
+    for kernels, config in configs.items():
+        llm = _load(arguments, config, console)
         for name, params in workloads.items():
             outcomes[name][kernels] = _run_side(
                 llm, _load_of(llm, arguments, params), f"{kernels}, {name}", console
             )
-        tokenizer = llm.tokenizer
+        numerics = llm.identity.numerics if llm.identity else numerics
+        says: Says = _ids if config.load == "random" else llm.tokenizer.decode
         del llm
-        gc.collect()  # the two models are not held in memory at the same time
-    _print(Console(stderr=arguments.json), outcomes, tokenizer, arguments.seed)
-    report = _report(outcomes, tokenizer, arguments)
+        release()  # the two models are not held in memory at the same time
+    _print(Console(stderr=arguments.json), outcomes, says, arguments.seed)
+    report = _report(outcomes, says, arguments, numerics)
     if arguments.out is not None:
         results.write(arguments.out, report)
     if arguments.json:
         print(json.dumps(report))
-    return 0 if all(_kept(sides["isobatch"]) for sides in outcomes.values()) else _BROKEN_PROMISE
+    ours = [sides["isobatch"] for sides in outcomes.values() if "isobatch" in sides]
+    return 0 if all(map(_kept, ours)) else _BROKEN_PROMISE
 
 
-def _load(model: str, kernels: Kernels, chaos: int, console: Console) -> LLM:
+def _configs(arguments: argparse.Namespace) -> dict[str, EngineConfig]:
+    """The settings of each side."""
+    from isobatch.config import EngineConfig
+
+    settings = settings_from(arguments)
+    sides: Iterable[Any] = (settings.pop("kernels"),) if "kernels" in settings else _KERNELS
+    if settings.get("device", "cpu") == "cpu":
+        settings = {"policy": f"chaos:{arguments.chaos}", "kv_cache_bytes": _EXPERIMENT_CACHE, **settings}
+    return {side: EngineConfig.from_mapping({**settings, "kernels": side}) for side in sides}
+
+
+def _workloads(arguments: argparse.Namespace, random_weights: bool) -> dict[str, SamplingParams]:
+    from isobatch.engine.sampling_params import SamplingParams
+
+    # Random weights end a reply by chance, and the experiment is about long ones.
+    how: Any = {"max_tokens": arguments.max_tokens, "ignore_eos": random_weights}
+    workloads = {
+        "greedy": SamplingParams(temperature=0, **how),
+        "sampled": SamplingParams(temperature=1, seed=arguments.seed, **how),
+    }
+    return {name: params for name, params in workloads.items() if arguments.only in (None, name)}
+
+
+def _load(arguments: argparse.Namespace, config: EngineConfig, console: Console) -> LLM:
     from isobatch.engine.llm import LLM
+    from isobatch.engine.sampling_params import SamplingParams
 
-    console.print(f"[bold]{kernels}[/]: loading the model and its kernels (the first run compiles: a minute)")
-    llm = LLM(model, kernels=kernels, policy=f"chaos:{chaos}", kv_cache_bytes=_EXPERIMENT_CACHE)
-    llm.generate("Ready?")  # compiles what is not in the cache yet, so that it is not timed
+    said = "loading the model and its kernels (the first run compiles: a minute)"
+    console.print(f"[bold]{config.kernels}[/]: {said}")
+    llm = LLM(arguments.model, config)
+    # Compiles and records what will be needed, so that it is not timed.
+    lengths = [2]
+    if config.device == "cuda":
+        lengths = ramp(min(arguments.copies + arguments.others, config.max_batch_sequences))
+    llm.generate([[0]] * len(lengths), [SamplingParams(max_tokens=n, ignore_eos=True) for n in lengths])
     return llm
+
+
+def ramp(count: int) -> list[int]:
+    """Lengths of replies with which a batch of `count` shrinks through every size that is recorded.
+
+    Sixteen rows leave at a time, and the last 64 one by one.
+    """
+    slow = min(count, 64)
+    fast = count - slow
+    return [2 + i // 16 for i in range(fast)] + [2 + -(-fast // 16) + i for i in range(slow)]
 
 
 def _load_of(llm: LLM, arguments: argparse.Namespace, params: SamplingParams) -> Load:
     from isobatch.audit.experiment import Load
 
+    vocabulary = llm.engine.decoder.config.vocab_size
+
     def tokens(text: str) -> tuple[int, ...]:
+        if llm.config.load == "random":  # without a tokenizer a text stands for numbers that it is a seed of
+            draw = random.Random(text)
+            return tuple(draw.randrange(vocabulary) for _ in range(_TOKENS_OF_A_CHAT + len(text.split())))
         return tuple(llm.tokenizer.encode_chat([{"role": "user", "content": text}]))
 
     rng = random.Random(arguments.chaos)
@@ -125,6 +179,10 @@ def _load_of(llm: LLM, arguments: argparse.Namespace, params: SamplingParams) ->
         params=params,
         seed=arguments.chaos,
     )
+
+
+def _ids(tokens: Sequence[int]) -> str:
+    return " ".join(map(str, tokens))
 
 
 def _run_side(llm: LLM, load: Load, what: str, console: Console) -> Outcome:
@@ -140,7 +198,7 @@ def _kept(outcome: Outcome) -> bool:
     return outcome.distinct == 1 and outcome.equal_to_alone == outcome.requests
 
 
-def _parting(outcome: Outcome, tokenizer: Tokenizer) -> dict[str, Any] | None:
+def _parting(outcome: Outcome, says: Says) -> dict[str, Any] | None:
     """Where replies first part from the one given alone, with the words on both sides."""
     divergence = outcome.first_divergence
     if divergence is None:
@@ -148,17 +206,17 @@ def _parting(outcome: Outcome, tokenizer: Tokenizer) -> dict[str, Any] | None:
     return {
         "token": divergence.token,
         "replies": divergence.replies,
-        "after": tokenizer.decode(divergence.common)[-60:],
-        "alone": tokenizer.decode(divergence.alone[:8]),
-        "loaded": tokenizer.decode(divergence.loaded[:8]),
+        "after": says(divergence.common)[-60:],
+        "alone": says(divergence.alone[:8]),
+        "loaded": says(divergence.loaded[:8]),
     }
 
 
-def _side(outcome: Outcome, tokenizer: Tokenizer) -> dict[str, Any]:
+def _side(outcome: Outcome, says: Says) -> dict[str, Any]:
     return {
         "distinct": outcome.distinct,
         "equal_to_alone": outcome.equal_to_alone,
-        "first_divergence": _parting(outcome, tokenizer),
+        "first_divergence": _parting(outcome, says),
         "tokens_per_s": round(outcome.tokens_per_s, 1),
         "seconds": round(outcome.seconds, 2),
         "preemptions": outcome.preemptions,
@@ -166,33 +224,30 @@ def _side(outcome: Outcome, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _report(
-    outcomes: dict[str, dict[str, Outcome]], tokenizer: Tokenizer, arguments: argparse.Namespace
+    outcomes: dict[str, dict[str, Outcome]], says: Says, arguments: argparse.Namespace, numerics: str | None
 ) -> dict[str, Any]:
     """The sampled workload at the top, where torch's answers differ; the greedy one under its name."""
-    from isobatch.ops.fingerprint import numerics_class
-
     sides = {
-        name: {kernels: _side(outcome, tokenizer) for kernels, outcome in both.items()}
+        name: {kernels: _side(outcome, says) for kernels, outcome in both.items()}
         for name, both in outcomes.items()
     }
     return {
         "prompt": PROMPT,
+        "model": arguments.model,
+        "settings": arguments.settings,
         "requests": arguments.copies,
         "others": arguments.others,
         "max_tokens": arguments.max_tokens,
         "seed": arguments.seed,
         "chaos": arguments.chaos,
-        "numerics": numerics_class(),
-        **sides["sampled"],
-        "greedy": sides["greedy"],
+        "numerics": numerics,
+        **sides.pop("sampled", {}),
+        **sides,
     }
 
 
-def _print(
-    console: Console, outcomes: dict[str, dict[str, Outcome]], tokenizer: Tokenizer, seed: int
-) -> None:
-    titles = {"greedy": "temperature 0", "sampled": "temperature 1"}
-    columns = [(name, kernels) for name in outcomes for kernels in _KERNELS]
+def _print(console: Console, outcomes: dict[str, dict[str, Outcome]], says: Says, seed: int) -> None:
+    columns = [(name, kernels) for name in outcomes for kernels in outcomes[name]]
     # A row per run, and headings in two lines: four columns of runs would not fit a terminal of 80.
     table = Table(
         title=f"{PROMPT!r}, many times under changing load", caption=f"temperature 1: with seed {seed}"
@@ -203,17 +258,21 @@ def _print(
         o = outcomes[name][kernels]
         same = f"{o.equal_to_alone} of {o.requests}"
         speed = f"{o.tokens_per_s:.0f}"
-        table.add_row(kernels, titles[name], str(o.distinct), same, speed, f"{o.preemptions} times")
+        table.add_row(kernels, _TITLES[name], str(o.distinct), same, speed, f"{o.preemptions} times")
     console.print(table)
     for name, kernels in columns:
-        parting = _parting(outcomes[name][kernels], tokenizer)
+        parting = _parting(outcomes[name][kernels], says)
         if parting is not None:
             after = f", after “…{parting['after']}”" if parting["after"] else ""
             for line in (
-                f"{kernels}, {titles[name]}: first parts at token {parting['token']}{after},",
+                f"{kernels}, {_TITLES[name]}: first parts at token {parting['token']}{after},",
                 f"  alone:      “{parting['alone']}…”",
                 f"  under load: “{parting['loaded']}…”",
             ):
                 console.print(line, markup=False, highlight=False)
-    kept = all(_kept(sides["isobatch"]) for sides in outcomes.values())
-    console.print("[green]isobatch: one answer[/]" if kept else "[red]isobatch: the promise was broken[/]")
+    ours = [sides["isobatch"] for sides in outcomes.values() if "isobatch" in sides]
+    if ours:
+        kept = all(map(_kept, ours))
+        console.print(
+            "[green]isobatch: one answer[/]" if kept else "[red]isobatch: the promise was broken[/]"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, get_args
@@ -40,6 +41,15 @@ def config_from(arguments: argparse.Namespace) -> EngineConfig:
     Raises:
         ConfigError: an unknown or impossible setting, or two kinds of kernels.
     """
+    return EngineConfig.from_mapping(settings_from(arguments))
+
+
+def settings_from(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What --set and --kernels give, without the defaults of what they leave out.
+
+    Raises:
+        ConfigError: a word that is no setting, or two kinds of kernels.
+    """
     settings: dict[str, Any] = {}
     for pair in arguments.settings:
         key, separator, text = pair.partition("=")
@@ -50,7 +60,15 @@ def config_from(arguments: argparse.Namespace) -> EngineConfig:
     if asked is not None and settings.setdefault("kernels", asked) != asked:
         got = f"--kernels {asked} and --set kernels={settings['kernels']}"
         raise ConfigError("two kinds of kernels", got=got, fix="leave one of them out")
-    return EngineConfig.from_mapping(settings)
+    return settings
+
+
+def release() -> None:
+    """Gives back what nothing refers to any more, on a GPU too, before another model is loaded."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def load(model: str, config: EngineConfig) -> LLM:

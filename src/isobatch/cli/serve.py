@@ -96,6 +96,9 @@ def run(arguments: argparse.Namespace) -> int:
     config = config_from(arguments)
     if arguments.compare_stock and config.kernels == "stock":
         raise ConfigError("--compare-stock beside stock kernels", fix="leave out --kernels stock")
+    if arguments.compare_stock and config.device == "cuda" and config.kv_cache_bytes is None:
+        fix = "--set kv_cache_bytes=N, which each of the two gets"
+        raise ConfigError("two models on a GPU, and a KV cache of all that one of them leaves", fix=fix)
     if config.load == "random":
         raise ConfigError("a model with random weights has no tokenizer to serve with", fix="leave out load")
     # Everything that can be wrong without a model is found before one is loaded; so is a busy address.

@@ -47,7 +47,8 @@ def make_ops(config: EngineConfig, model: ModelConfig) -> Ops:
     """
     if config.device == "cuda":
         heads = (model.num_heads, model.num_kv_heads, model.head_size)
-        ops: Ops = _gpu().GpuOps(_dtype(config), heads)
+        gpu, dtype = _gpu(), _dtype(config)
+        ops: Ops = gpu.StockGpuOps(dtype) if config.kernels == "stock" else gpu.GpuOps(dtype, heads)
         return ops
     return certified_ops() if config.kernels == "isobatch" else stock_ops()
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from isobatch.engine.request import Sequence
 from isobatch.engine.scheduled import Chunk, ScheduledStep
-from isobatch.kernels.layout import PAGE
 from isobatch.models.inputs import Batch
 from isobatch.ops import Ops
 
@@ -61,6 +60,7 @@ def build_batch(step: ScheduledStep, ops: Ops) -> Batch:
     positions: list[int] = []
     slots: list[int] = []
     starts = [0]
+    page = ops.page
     logit_rows: list[int] = []
     for chunk in step.chunks:
         logit_rows += [len(token_ids) + position - chunk.start for position in _wanted(chunk)]
@@ -68,7 +68,7 @@ def build_batch(step: ScheduledStep, ops: Ops) -> Batch:
         token_ids[-1] = max(0, token_ids[-1])
         token_ids += chunk.drafts
         positions += range(chunk.start, chunk.end)
-        slots += [chunk.block_table[p // PAGE] * PAGE + p % PAGE for p in range(chunk.start, chunk.end)]
+        slots += [chunk.block_table[p // page] * page + p % page for p in range(chunk.start, chunk.end)]
         starts.append(len(token_ids))
     widest = max(len(chunk.block_table) for chunk in step.chunks)
     tables = [[*chunk.block_table, *[0] * (widest - len(chunk.block_table))] for chunk in step.chunks]

@@ -11,7 +11,7 @@ from isobatch.config import EngineConfig
 from isobatch.engine import sampler
 from isobatch.engine.block_pool import BlockPool
 from isobatch.engine.inputs import require_tokens
-from isobatch.engine.memory import kv_blocks
+from isobatch.engine.memory import kv_blocks, page_tokens
 from isobatch.engine.output import Reply, TokenLogProbs
 from isobatch.engine.policies import policy_from_name
 from isobatch.engine.prefix_cache import PrefixCache
@@ -29,7 +29,6 @@ from isobatch.errors import (
     RequestError,
     UnknownRequestError,
 )
-from isobatch.kernels.layout import PAGE
 from isobatch.models.config import ModelConfig
 from isobatch.models.decoder import Decoder
 from isobatch.ops.environment import require_ieee_here
@@ -61,7 +60,7 @@ def check_settings(model: ModelConfig, config: EngineConfig) -> None:
         ConfigError: the KV cache holds no block, the policy is unknown, or the context is beyond the model's.
     """
     policy_from_name(config.policy)
-    kv_blocks(model, config.cache_bytes, config.number_bytes)
+    kv_blocks(model, config.cache_bytes, config.number_bytes, page_tokens(config))
     longest = model.context_length
     if config.max_context is not None and config.max_context > longest:
         raise ConfigError(
@@ -110,7 +109,7 @@ class Engine:
         self.config = config
         self.identity = identity
         self.max_context = config.max_context or decoder.config.context_length
-        self._blocks = kv_blocks(decoder.config, config.cache_bytes, config.number_bytes)
+        self._blocks = kv_blocks(decoder.config, config.cache_bytes, config.number_bytes, decoder.ops.page)
         self._caches = decoder.kv_caches(self._blocks)
         sequences = config.max_batch_sequences
         rows = min(sequences * (1 + config.draft_tokens), max(sequences, config.max_batch_tokens))
@@ -124,7 +123,7 @@ class Engine:
     def _start_over(self) -> None:
         """Makes the bookkeeping anew, and queues every live request from its beginning."""
         self._torn = True
-        self.pool = BlockPool(self._blocks, PAGE)
+        self.pool = BlockPool(self._blocks, self.decoder.ops.page)
         self.scheduler = Scheduler(
             self.pool,
             PrefixCache(self.pool) if self.config.prefix_cache else None,

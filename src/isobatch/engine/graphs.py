@@ -19,7 +19,7 @@ from itertools import chain
 import torch
 
 from isobatch.engine.scheduled import ScheduledStep
-from isobatch.kernels.layout import PAGE, Cache
+from isobatch.kernels.layout import Cache
 from isobatch.models.decoder import Decoder
 from isobatch.models.inputs import Batch
 from isobatch.ops.queued import QueuedOps
@@ -59,7 +59,7 @@ class DecodeGraphs:
         # Token ids, positions, slots.
         self._ints = ops.tensor([[0] * most, [0] * most, [_NOWHERE] * most])
         self._lengths = ops.tensor([0] * most, torch.int32)
-        pages = -(-max_context // PAGE)
+        pages = -(-max_context // ops.page)
         self._tables = torch.zeros(most, pages, dtype=torch.int32, device=ops.device)
         self._shown: list[tuple[int, ...]] = [()] * most
         self._recorded: dict[tuple[int, int], tuple[Callable[[], object], torch.Tensor]] = {}
@@ -82,7 +82,7 @@ class DecodeGraphs:
             Logits, float32 [R, V], a sequence's drafts behind its token. Their projection is not recorded:
             each recording would keep its own, and those of a thousand rows take hundreds of megabytes.
         """
-        ops, chunks = self._ops, step.chunks
+        ops, chunks, page = self._ops, step.chunks, self._ops.page
         # Of each draft the chunk; of each row the chunk's table, and the position.
         owners = [at for at, chunk in enumerate(chunks) for _ in chunk.drafts]
         rows = [(chunk.block_table, chunk.start) for chunk in chunks]
@@ -90,7 +90,7 @@ class DecodeGraphs:
         size = self._rungs[bisect_left(self._rungs, len(rows))]
         spare = size - len(rows)
         positions = [position for _, position in rows]
-        slots = [table[position // PAGE] * PAGE + position % PAGE for table, position in rows]
+        slots = [table[position // page] * page + position % page for table, position in rows]
         tokens = [max(0, chunk.token_ids[0]) for chunk in chunks]
         tokens += chain.from_iterable(chunk.drafts for chunk in chunks)
         ints = [[*tokens, *[0] * spare], [*positions, *[0] * spare], [*slots, *[_NOWHERE] * spare]]

@@ -8,6 +8,7 @@ from pathlib import Path
 from isobatch.config import EngineConfig
 from isobatch.errors import ConfigError, OutOfMemoryError
 from isobatch.kernels.layout import PAGE
+from isobatch.kernels.stock import GPU_PAGE
 from isobatch.models.checkpoint import expected_tensors
 from isobatch.models.config import ModelConfig
 
@@ -38,23 +39,31 @@ def weight_bytes(config: ModelConfig, number_bytes: int = _FLOAT_BYTES) -> int:
     return sum(math.prod(shape) for shape in expected_tensors(config).values()) * number_bytes
 
 
-def block_bytes(config: ModelConfig, number_bytes: int = _FLOAT_BYTES) -> int:
-    """Bytes of one KV block of 16 tokens, over all layers, keys and values."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_size * PAGE * number_bytes
+def page_tokens(config: EngineConfig) -> int:
+    """Tokens in a KV block: of torch's attention on a GPU as many as its tile has, else ours."""
+    return GPU_PAGE if config.kernels == "stock" and config.device == "cuda" else PAGE
 
 
-def kv_blocks(config: ModelConfig, kv_cache_bytes: int, number_bytes: int = _FLOAT_BYTES) -> int:
+def block_bytes(config: ModelConfig, number_bytes: int = _FLOAT_BYTES, page: int = PAGE) -> int:
+    """Bytes of one KV block of `page` tokens, over all layers, keys and values."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_size * page * number_bytes
+
+
+def kv_blocks(
+    config: ModelConfig, kv_cache_bytes: int, number_bytes: int = _FLOAT_BYTES, page: int = PAGE
+) -> int:
     """How many KV blocks an amount of memory holds.
 
     Raises:
         ConfigError: not even one.
     """
-    blocks = kv_cache_bytes // block_bytes(config, number_bytes)
+    each = block_bytes(config, number_bytes, page)
+    blocks = kv_cache_bytes // each
     if blocks < 1:
         raise ConfigError(
             "the KV cache is too small for a single block",
-            expected=f"at least {block_bytes(config, number_bytes)} bytes: 2 (k and v) x "
-            f"{config.num_layers} layers x {config.num_kv_heads} heads x {config.head_size} x {PAGE} tokens "
+            expected=f"at least {each} bytes: 2 (k and v) x "
+            f"{config.num_layers} layers x {config.num_kv_heads} heads x {config.head_size} x {page} tokens "
             f"x {number_bytes} bytes",
             got=f"kv_cache_bytes={kv_cache_bytes}",
             fix="raise kv_cache_bytes",
@@ -93,7 +102,7 @@ def cache_room(model: ModelConfig, config: EngineConfig, free: int) -> int:
     weights, step = weight_bytes(model, config.number_bytes), step_bytes(model, config)
     kept = free // 20 + (1 << 30)
     left = free - weights - step - kept
-    if left < block_bytes(model, config.number_bytes):
+    if left < block_bytes(model, config.number_bytes, page_tokens(config)):
         raise OutOfMemoryError(
             "not enough memory for the model",
             expected=f"{weights:,} bytes of weights + {step:,} of a step + {kept:,} kept, and a KV cache",

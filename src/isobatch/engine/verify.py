@@ -21,7 +21,6 @@ from isobatch.engine.receipt import PREFIX, Receipt, row_digests
 from isobatch.engine.request import Sequence
 from isobatch.engine.transcript import Transcript
 from isobatch.errors import ConfigError, ModelError, RequestError
-from isobatch.kernels.layout import PAGE
 from isobatch.models.inputs import Batch
 
 CHUNK = 256
@@ -196,7 +195,7 @@ def _forward(engine: Engine, receipt: Receipt, tokens: int, chunk: int) -> Itera
     decoder, ops = engine.decoder, engine.decoder.ops
     known = (*receipt.prompt_token_ids, *receipt.token_ids[: tokens - 1])
     first = len(receipt.prompt_token_ids) - 1
-    table = list(range(-(-len(known) // PAGE)))
+    table = list(range(-(-len(known) // ops.page)))
     caches = decoder.kv_caches(len(table))
     for start in range(0, len(known), chunk):
         stop = min(start + chunk, len(known))

@@ -10,6 +10,9 @@ import torch
 
 from isobatch.kernels.coding import CodedRows, Coding
 
+PAGE = 16
+"""Tokens in a KV block of our kernels."""
+
 
 class Weight(Protocol):
     """A weight matrix [outputs, inputs] that is filled row by row at load."""
@@ -49,7 +52,7 @@ class StackType(Protocol):
 
 
 class Cache(Protocol):
-    """Keys and values of one layer, in blocks of 16 tokens."""
+    """Keys and values of one layer, in blocks of a layout's page."""
 
 
 class CacheType(Protocol):
@@ -67,11 +70,13 @@ class Layout:
         weight: for linear and embedding.
         cache: for attention.
         stack: for experts.
+        page: tokens in a block of the cache.
     """
 
     weight: WeightType
     cache: CacheType
     stack: StackType
+    page: int = PAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +86,8 @@ class PagedRows:
     Args:
         query_starts: int32 [R + 1], ascending from 0: request r owns rows query_starts[r]..query_starts[r+1].
         context_lengths: int32 [R]: keys of request r, its queries' own included; the queries are the last.
-        block_tables: int32 [R, B]: block_tables[r, i] holds keys 16 i .. 16 i + 15 of request r.
+        block_tables: int32 [R, B]: block_tables[r, i] holds keys 16 i .. 16 i + 15 of request r, where a
+            layout's page is 16 tokens.
         slots: int64 [T]: block * 16 + offset at which each row's own key and value are stored.
     """
 
@@ -89,7 +95,3 @@ class PagedRows:
     context_lengths: torch.Tensor
     block_tables: torch.Tensor
     slots: torch.Tensor
-
-
-PAGE = 16
-"""Tokens in a KV block."""

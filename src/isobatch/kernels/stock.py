@@ -60,16 +60,18 @@ class DenseStack:
 
 @dataclass(frozen=True, slots=True)
 class DenseCache:
-    """Keys and values of one layer: float32 [blocks, 16, Hkv, D] each."""
+    """Keys and values of one layer: [blocks, page, Hkv, D] each."""
 
     k: torch.Tensor
     v: torch.Tensor
 
     @classmethod
     def empty(cls, blocks: int, kv_heads: int, head_size: int) -> DenseCache:
-        """Zeros, because a mask turns a weight into zero but leaves NaN alone."""
+        """Zeros, float32, because a mask turns a weight into zero but leaves NaN alone."""
         shape = (blocks, PAGE, kv_heads, head_size)
         return cls(*(torch.zeros(shape, dtype=torch.float32, device="cpu") for _ in "kv"))
 
 
+GPU_PAGE = 64
+"""Tokens in a KV block of torch's kernels on a GPU: the tile of keys of FlexAttention's decoding kernel."""
 STOCK = Layout(weight=DenseWeight, cache=DenseCache, stack=DenseStack)

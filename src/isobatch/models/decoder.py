@@ -37,7 +37,7 @@ class Decoder:
     rotary: Rotary
 
     def kv_caches(self, blocks: int) -> list[Cache]:
-        """Empty caches, one per layer, of `blocks` blocks of 16 tokens."""
+        """Empty caches, one per layer, of `blocks` blocks of the ops' page."""
         return [
             self.ops.kv_cache(blocks, self.config.num_kv_heads, self.config.head_size) for _ in self.layers
         ]

@@ -21,12 +21,16 @@ class Memory:
         layout: how weights and caches lie.
         dtype: of weights and activations.
         device: of all tensors.
+
+    Attributes:
+        page: tokens in a block of the KV cache.
     """
 
     def __init__(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
         self.device = device
         self._layout = layout
+        self.page = layout.page
 
     def weight(self, outputs: int, inputs: int, coding: Coding) -> Weight:
         """An empty weight [outputs, inputs] in the layout of these kernels, to be filled by `put`.
@@ -78,7 +82,7 @@ class Memory:
         )
 
     def kv_cache(self, blocks: int, kv_heads: int, head_size: int) -> Cache:
-        """An empty cache for one layer, of blocks of 16 tokens.
+        """An empty cache for one layer, of blocks of `page` tokens.
 
         Raises:
             ShapeError: the head size is no multiple of 16.

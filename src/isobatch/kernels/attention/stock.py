@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from isobatch.kernels.layout import PAGE, PagedRows
+from isobatch.kernels.layout import PagedRows
 from isobatch.kernels.stock import DenseCache
 
 
@@ -49,7 +49,7 @@ def _decode(
     q: torch.Tensor, cache: DenseCache, rows: PagedRows, which: torch.Tensor, scale: float
 ) -> torch.Tensor:
     lengths = rows.context_lengths[which]
-    longest = int(lengths.max())
+    longest = max(1, int(lengths.max()))  # rows of a recording may all be padded
     k, v = (_gather(pages, rows.block_tables[which], longest) for pages in (cache.k, cache.v))
     mask = (torch.arange(longest, device=q.device) < lengths[:, None])[:, None, None]
     return _sdpa(q[:, :, None], k, v, mask, scale)[:, :, 0]
@@ -57,7 +57,7 @@ def _decode(
 
 def _gather(pages: torch.Tensor, tables: torch.Tensor, length: int) -> torch.Tensor:
     """Keys or values [R, Hkv, length, D] of the requests whose block tables are given."""
-    chosen = pages[tables[:, : -(-length // PAGE)].long()]
+    chosen = pages[tables[:, : -(-length // pages.shape[1])].long()]
     return chosen.flatten(1, 2)[:, :length].transpose(1, 2)
 
 

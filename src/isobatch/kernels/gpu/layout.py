@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,7 +13,7 @@ from isobatch.kernels.coding import Coding
 from isobatch.kernels.gpu.device import device
 from isobatch.kernels.layout import Layout
 from isobatch.kernels.moe.triton import WIDTH_MULTIPLE
-from isobatch.kernels.stock import DenseStack, DenseWeight
+from isobatch.kernels.stock import GPU_PAGE, DenseCache, DenseStack, DenseWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,21 @@ class _Caches:
         return GpuKVCache.empty(blocks, kv_heads, head_size, self.dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class _StockCaches:
+    dtype: torch.dtype
+
+    def empty(self, blocks: int, kv_heads: int, head_size: int) -> DenseCache:
+        """Zeros, because a mask leaves NaN alone; and a page that nobody reads, for rows with slot -1."""
+        shape = (blocks + 1, GPU_PAGE, kv_heads, head_size)
+        return DenseCache(*(torch.zeros(shape, dtype=self.dtype, device=device()) for _ in "kv"))
+
+
 def gpu_layout(dtype: torch.dtype) -> Layout:
     """Weights [N, K], experts' [E, N, K] and paged caches on the device, in bfloat16 or float16."""
     return Layout(weight=_Weights(dtype), cache=_Caches(dtype), stack=_Stacks(dtype))
+
+
+def stock_layout(dtype: torch.dtype) -> Layout:
+    """The same weights, and caches as torch's attention wants them."""
+    return replace(gpu_layout(dtype), cache=_StockCaches(dtype), page=GPU_PAGE)

@@ -12,6 +12,13 @@ def linear(x: torch.Tensor, weight: DenseWeight, bias: torch.Tensor | None = Non
     return torch.nn.functional.linear(x, weight.dense, bias)
 
 
+def logits(x: torch.Tensor, weight: DenseWeight) -> torch.Tensor:
+    """The output projection in float32: the product's own accumulators where the library hands them out."""
+    if x.is_cuda:
+        return torch.mm(x, weight.dense.t(), out_dtype=torch.float32)
+    return linear(x, weight).float()
+
+
 def linear_ref(x: torch.Tensor, weight: DenseWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """The same in float64."""
     return torch.nn.functional.linear(

@@ -5,21 +5,26 @@ Source of the noise trick: argmax(p / Exp(1)) is a sample from p, as vLLM uses i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from isobatch.kernels.sampling.cpu import REFUSED, PenaltyRows, SamplingRows, exponential_noise
 
+Noise = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""From seeds, positions and a vocabulary to exponential noise, float32 [R, V]."""
 
-def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
-    """One token id per row; REFUSED where the logits are not finite."""
-    greedy = logits.argmax(-1)
-    refused = ~torch.isfinite(logits).all(-1)
-    if bool((rows.temperature == 0).all()):
+
+def sample(logits: torch.Tensor, rows: SamplingRows, noise: Noise = exponential_noise) -> torch.Tensor:
+    """One token id per row; REFUSED where the logits are not finite. Waits for no result on a GPU."""
+    best, greedy = logits.max(-1)
+    refused = ~(torch.isfinite(best) & torch.isfinite(logits.amin(-1)))
+    if rows.greedy:
         return torch.where(refused, REFUSED, greedy)
     warm = torch.where(rows.temperature == 0, 1, rows.temperature)[:, None]
     probabilities = torch.softmax(logits / warm, -1)
     probabilities[probabilities < rows.min_p[:, None] * probabilities.amax(-1, keepdim=True)] = 0
-    if bool((rows.top_k > 0).any()) or bool((rows.top_p < 1).any()):  # servers sort only where they must
+    if not rows.unfiltered:  # servers sort only where they must
         ordered, ids = probabilities.sort(-1, descending=True)
         rank = torch.arange(logits.shape[1], device=logits.device)
         ordered[(rank >= rows.top_k[:, None]) & (rows.top_k[:, None] > 0)] = 0
@@ -27,8 +32,7 @@ def sample(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
         ordered[before > rows.top_p[:, None] * ordered.sum(-1, keepdim=True)] = 0
         probabilities = torch.zeros_like(ordered).scatter_(1, ids, ordered)
     # The noise is ours, not torch's, so that both sides draw the same token where their logits are the same.
-    noise = exponential_noise(rows.seed.cpu(), rows.position.cpu(), logits.shape[1]).to(logits.device)
-    drawn = (probabilities / noise).argmax(-1)
+    drawn = (probabilities / noise(rows.seed, rows.position, logits.shape[1])).argmax(-1)
     return torch.where(refused, REFUSED, torch.where(rows.temperature == 0, greedy, drawn))
 
 

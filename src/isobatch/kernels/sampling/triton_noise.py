@@ -101,13 +101,18 @@ def _lg2(x):
 
 
 @triton.jit
-def _rough_score(z, word):
-    """The score in float32, within 0.001 where it can win: above -4, where most of its error is that of z."""
+def rough_exponential(word):
+    """-log(1 - u) in float32, u the word's fraction of 2^32."""
     u = (word.to(tl.float32) + 0.5) * 2.3283064365386962890625e-10
     v = ((word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386962890625e-10
     series = u * (1.0 + u * (0.5 + u * (_THIRD + u * 0.25)))
-    e = tl.where(u < 0.125, series, -_lg2(v) * _LN2)
-    return z - _lg2(e) * _LN2
+    return tl.where(u < 0.125, series, -_lg2(v) * _LN2)
+
+
+@triton.jit
+def _rough_score(z, word):
+    """The score in float32, within 0.001 where it can win: above -4, where most of its error is that of z."""
+    return z - _lg2(rough_exponential(word)) * _LN2
 
 
 @triton.jit
