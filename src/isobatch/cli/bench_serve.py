@@ -16,7 +16,7 @@ import torch
 
 from isobatch.cli.bench_gpu import ceilings
 from isobatch.cli.goals import Goal, Point, at_least, at_most
-from isobatch.cli.model import release
+from isobatch.cli.model import release, settle
 from isobatch.cli.workloads import WORKLOADS, Workload
 from isobatch.config import EngineConfig, Kernels
 from isobatch.engine.backend import make_ops, open_model, require_memory
@@ -58,7 +58,9 @@ def make_engine(model: str, kernels: Kernels = "isobatch") -> Engine:
     check_settings(checkpoint.config, config)
     require_memory(config, checkpoint)
     decoder = load_decoder(checkpoint, make_ops(config, checkpoint.config))
-    return Engine(decoder, None, config)
+    engine = Engine(decoder, None, config)
+    settle()
+    return engine
 
 
 def serve(engine: Engine, asks: Sequence[tuple[list[int], SamplingParams]]) -> tuple[float, list[Any]]:

@@ -67,8 +67,18 @@ def release() -> None:
     """Gives back what nothing refers to any more, on a GPU too, before another model is loaded."""
     import torch
 
+    gc.unfreeze()
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def settle() -> None:
+    """Leaves what is loaded out of the garbage collector's rounds, each of which takes as long as many steps.
+
+    For a process of ours alone: what becomes garbage later, in cycles, stays until `release`.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def load(model: str, config: EngineConfig) -> LLM:
@@ -87,7 +97,9 @@ def load(model: str, config: EngineConfig) -> LLM:
         )
     elif not kernel_cache()["compiled"]:
         print("isobatch: compiling kernels: the first run takes a minute longer", file=sys.stderr)
-    return LLM(model, config)
+    llm = LLM(model, config)
+    settle()
+    return llm
 
 
 def _value(text: str) -> bool | int | str | None:
