@@ -33,7 +33,11 @@ from tests.engine_harness import TINY, Ask, TinyCheckpoint, drive, stream
 from tests.moe_world import TINY_MOE
 
 # Stale memory is NaN, and NumPy, which interprets, says so where it is masked.
-pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),
+    # torch's compiler calls what torch itself has deprecated.
+    pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning"),
+]
 
 DTYPE = dtypes()[0]
 NAME = str(DTYPE).removeprefix("torch.")

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from isobatch.kernels.cpu.elementary import LOG2_E
-from isobatch.kernels.gpu.overlap import early, inputs_ready
+from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin
 from isobatch.kernels.gpu.ptx import ex2
 
 # Beyond 2^126 div.full flushes; silu is zero to any 16-bit dtype long before.
@@ -38,6 +38,7 @@ class Piece:
 @triton.jit
 def _silu_and_mul_kernel(gate_up, y, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     inputs_ready()
+    next_may_begin()
     t = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = c < WIDTH

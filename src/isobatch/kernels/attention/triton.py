@@ -40,7 +40,7 @@ from isobatch.kernels.attention.triton_steps import (
     softmax_block,
     unseen_is_inert,
 )
-from isobatch.kernels.gpu.overlap import early, inputs_ready
+from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin
 from isobatch.kernels.layout import PagedRows
 
 
@@ -167,6 +167,7 @@ def _attention_kernel(
             acc, m, lanes, qs, k, v, table, group, whole, keys, position, keys, block_stride, c,
             D, WIDTH, ROWS, True, MEET, PAGED, 1,
         )  # fmt: skip
+    next_may_begin()
     result = acc / row_total(lanes, ROWS)[:, None]
     if SINGLE:
         result = tl.where(context > 0, result, 0.0)  # a padded request

@@ -26,7 +26,7 @@ from isobatch.kernels.attention.triton_steps import (
     product,
     row_total,
 )
-from isobatch.kernels.gpu.overlap import early, inputs_ready
+from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin
 from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
 
 
@@ -85,6 +85,7 @@ def _decode_kernel(
         acc, m, lanes = _decode_blocks(
             acc, m, lanes, qs, k, v, table, group, context, block_stride, c, D, WIDTH, HEADS, STAGES
         )
+    next_may_begin()
     result = tl.where(context > 0, acc / row_total(lanes, HEADS)[None, :], 0.0)
     to = row * out_row + ((group * G + h) * D)[None, :] + d[:, None]
     tl.store(out + to, result.to(out.dtype.element_ty), mask=(h < G)[None, :] & (d < D)[:, None])

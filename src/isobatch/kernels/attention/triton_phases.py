@@ -34,7 +34,7 @@ from isobatch.kernels.attention.triton_steps import (
     row_total,
 )
 from isobatch.kernels.gpu.device import multiprocessors
-from isobatch.kernels.gpu.overlap import early, inputs_ready
+from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin
 from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
 
 
@@ -47,6 +47,7 @@ def _scores_kernel(
 ):  # fmt: skip
     """Axes: first block, key/value head, request. scores [R, Hkv, B, 128, G], maxima [R, Hkv, B, G]."""
     inputs_ready()
+    next_may_begin()
     group, item = tl.program_id(1), tl.program_id(2)
     request = item
     if requests is not None:
@@ -87,6 +88,7 @@ def _weights_kernel(
     """Axes: run of blocks, key/value head, request. weights [.., B, 128, HEADS], alphas [.., B, HEADS],
     sums [.., 4]."""
     inputs_ready()
+    next_may_begin()
     group, item = tl.program_id(1), tl.program_id(2)
     request = item
     if requests is not None:
@@ -152,6 +154,7 @@ def _chain_kernel(
 ):  # fmt: skip
     """Axes: slice of columns, key/value head, request. Columns run down: acc is [SLICE, HEADS]."""
     inputs_ready()
+    next_may_begin()
     group, item = tl.program_id(1), tl.program_id(2)
     request = item
     if requests is not None:

@@ -2,8 +2,8 @@
 
 Between two kernels of a step the GPU would stand still for a microsecond or two: the last programs end, the
 next ones are launched, and their first loads come back. Programmatic dependent launch (Hopper and later) lets
-a kernel take its places as soon as all programs of the one before have begun. Whatever it does before
-`inputs_ready` may touch only what no kernel of a step writes, such as weights.
+a kernel take its places as soon as all programs of the one before have said `next_may_begin`. What it does
+before `inputs_ready` may touch only what no kernel of a step writes, such as weights.
 
 Every kernel that is launched with `EARLY` calls `inputs_ready` before anything else that reads or writes. Its
 end so says that all kernels before it have ended, too: memory may be given back and used again in the order
@@ -38,7 +38,17 @@ def early() -> dict[str, bool]:
 
 @triton.jit
 def inputs_ready():
-    """Lets the next kernel take its places, and waits until all kernels before have ended."""
+    """Waits until all kernels before have ended, and what they wrote can be read."""
+    if not _PLAIN and tl.target_info.cuda_capability_geq(9, 0):
+        gdc_wait()
+
+
+@triton.jit
+def next_may_begin():
+    """Lets the next kernel take its places, once every program has come here or has ended.
+
+    Small kernels say so at once. Those that fill the GPU say so when their loads are done: a successor placed
+    any sooner gets the places that happen to be free, and is spread unevenly for all its time.
+    """
     if not _PLAIN and tl.target_info.cuda_capability_geq(9, 0):
         gdc_launch_dependents()
-        gdc_wait()

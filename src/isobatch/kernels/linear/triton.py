@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from isobatch.kernels.gpu.device import multiprocessors
-from isobatch.kernels.gpu.overlap import early, inputs_ready, overlaps
+from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin, overlaps
 from isobatch.kernels.stock import DenseWeight
 
 _TMA_ALIGNMENT = 16
@@ -138,6 +138,7 @@ def _linear_pointer_kernel(
             a = tl.load(left, mask=(at < K)[None, :], other=0.0)
             b = tl.load(right, mask=(at < K)[:, None], other=0.0)
         acc = tl.dot(a, b, acc)
+    next_may_begin()
     _store(y, bias, acc, m, n, M, N, y_stride, ROWS, OUTPUTS, WEIGHT_LEFT, BIASED)
 
 
@@ -160,12 +161,12 @@ def _store_tiles(y, bias, acc, m, n, N, OUTPUTS: tl.constexpr, PARTS: tl.constex
 def _linear_tma_kernel(
     x, w, weights, bias, y, M, N, K, w_stride,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-    WEIGHT_LEFT: tl.constexpr, BIASED: tl.constexpr, PARTS: tl.constexpr,
+    WEIGHT_LEFT: tl.constexpr, BIASED: tl.constexpr, PARTS: tl.constexpr, ONCE: tl.constexpr,
     PIECES: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """Tiles by the bulk copy engine, which fills with zeros beyond the edges and stores nothing there.
 
-    x, w and y are what that engine reads; `weights` is the address of w.
+    x, w and y are what that engine reads; `weights` is the address of w. ONCE: a program has one tile.
     """
     if PIECES:
         _, first = _tile_at(tl.program_id(0), M, N, ROWS, OUTPUTS, GROUP)
@@ -178,6 +179,8 @@ def _linear_tma_kernel(
         for start in range(0, K, DEPTH):
             a, b = x.load([m, start]), w.load([n, start])
             acc = tl.dot(b, a.T, acc) if WEIGHT_LEFT else tl.dot(a, b.T, acc)
+        if ONCE:
+            next_may_begin()
         _store_tiles(y, bias, acc.T if WEIGHT_LEFT else acc, m, n, N, OUTPUTS, PARTS, BIASED)
 
 
@@ -243,7 +246,8 @@ def linear_tile(
         parts = max(1, tile.rows * tile.outputs // _STAGED)
         y_tiles = TensorDescriptor.from_tensor(y, [tile.rows, tile.outputs // parts])
         _linear_tma_kernel[(programs,)](
-            x_tiles, w_tiles, w, bias, y_tiles, M, N, K, w.stride(0), **shape, PARTS=parts
+            x_tiles, w_tiles, w, bias, y_tiles, M, N, K, w.stride(0), **shape, PARTS=parts,
+            ONCE=not tile.resident,
         )  # fmt: skip
     else:
         strides = x.stride(0), w.stride(0), y.stride(0)

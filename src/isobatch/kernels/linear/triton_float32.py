@@ -1,7 +1,9 @@
 """Linear on the GPU in float32, IEEE throughout and never TF32: y = x W^T (+ bias).
 
-Written order: per output one accumulator, from zero; k ascending, each step one fused multiply-add; then the
-bias, one rounded addition. The ordinary units do it: tensor cores would round both operands to ten bits.
+Written order: k ascending in blocks of 32; within a block one chain of fused multiply-adds from zero; blocks
+are added in order, from zero, one rounded addition each; then the bias, one more. One chain over all of K
+would be several times further from the exact sum than torch's products. The ordinary units do it:
+tensor cores would round both operands to ten bits.
 
 Shape letters: M rows of x, N outputs, K inputs.
 """
@@ -14,8 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
-from isobatch.kernels.gpu.overlap import early, inputs_ready
+from isobatch.kernels.gpu.device import INTERPRETED
+from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin
 from isobatch.kernels.stock import DenseWeight
+
+_PLAIN = tl.constexpr(INTERPRETED)
+_BLOCK = tl.constexpr(32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,20 +31,30 @@ class Tile:
     Args:
         rows: rows of x per tile.
         outputs: outputs per tile.
-        depth: inputs loaded at a time; 1 for the plainest loop there is, which is canonical.
+        plain: whether inputs are taken one by one, which is canonical, or a block at a time.
         warps: warps per program.
     """
 
     rows: int
     outputs: int
-    depth: int
     warps: int
+    plain: bool = False
+
+
+@triton.jit
+def _sum(x, y):
+    """X + y, rounded: a sum that the compiler cannot draw into the chain of products before it."""
+    if _PLAIN:
+        return x + y
+    return tl.inline_asm_elementwise(
+        "add.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit(do_not_specialize=["M"])
 def _linear_float32_kernel(
     x, w, bias, y, M, N, K, x_stride, w_stride,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, BIASED: tl.constexpr,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, PLAIN: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     inputs_ready()
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -46,20 +62,25 @@ def _linear_float32_kernel(
     x_rows = x + tl.where(rows < M, rows, 0).to(tl.int64) * x_stride
     w_rows = w + tl.where(outputs < N, outputs, 0).to(tl.int64) * w_stride
     acc = tl.zeros((ROWS, OUTPUTS), tl.float32)
-    if DEPTH == 1:
-        for k in range(K):
-            a = tl.broadcast_to(tl.load(x_rows + k)[:, None], (ROWS, OUTPUTS))
-            b = tl.broadcast_to(tl.load(w_rows + k)[None, :], (ROWS, OUTPUTS))
-            acc = tl.fma(a, b, acc)
-    else:
-        for start in range(0, K, DEPTH):
-            at = start + tl.arange(0, DEPTH)
-            # Products of zeros beyond K change no accumulator.
+    zeros = acc
+    for start in range(0, K, _BLOCK):
+        if PLAIN:
+            block = zeros
+            for k in range(start, tl.minimum(start + _BLOCK, K)):
+                a = tl.broadcast_to(tl.load(x_rows + k)[:, None], (ROWS, OUTPUTS))
+                b = tl.broadcast_to(tl.load(w_rows + k)[None, :], (ROWS, OUTPUTS))
+                block = tl.fma(a, b, block)
+        else:
+            at = start + tl.arange(0, _BLOCK)
+            # Products of zeros beyond K change no sum.
             a = tl.load(x_rows[:, None] + at[None, :], mask=(at < K)[None, :], other=0.0)
             b = tl.load(w_rows[None, :] + at[:, None], mask=(at < K)[:, None], other=0.0)
-            acc = tl.dot(a, b, acc, input_precision="ieee")
+            block = tl.dot(a, b, zeros, input_precision="ieee")
+        acc = _sum(acc, block)
     if BIASED:
-        acc = acc + tl.load(bias + outputs, mask=outputs < N, other=0.0)[None, :]
+        b = tl.load(bias + outputs, mask=outputs < N, other=0.0)
+        acc = _sum(acc, tl.broadcast_to(b[None, :], (ROWS, OUTPUTS)))
+    next_may_begin()
     at = y + rows[:, None].to(tl.int64) * N + outputs[None, :]
     tl.store(at, acc, mask=(rows < M)[:, None] & (outputs < N)[None, :])
 
@@ -75,14 +96,14 @@ def linear_float32_tile(
     if M:
         _linear_float32_kernel[(triton.cdiv(M, tile.rows), triton.cdiv(N, tile.outputs))](
             x, w, bias, y, M, N, K, x.stride(0), w.stride(0),
-            ROWS=tile.rows, OUTPUTS=tile.outputs, DEPTH=tile.depth, BIASED=bias is not None,
+            ROWS=tile.rows, OUTPUTS=tile.outputs, PLAIN=tile.plain, BIASED=bias is not None,
             num_warps=tile.warps, **early(),
         )  # fmt: skip
     return y
 
 
-CANONICAL = Tile(rows=1, outputs=32, depth=1, warps=1)
-FEW, MANY = Tile(rows=16, outputs=32, depth=64, warps=4), Tile(rows=64, outputs=64, depth=32, warps=4)
+CANONICAL = Tile(rows=1, outputs=32, warps=1, plain=True)
+FEW, MANY = Tile(rows=16, outputs=32, warps=4), Tile(rows=64, outputs=64, warps=4)
 _FEW_ROWS = 32
 
 

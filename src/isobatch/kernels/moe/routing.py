@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from isobatch.kernels.gpu.device import device
-from isobatch.kernels.gpu.overlap import early, inputs_ready
+from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin
 from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
 
 _LANES = 256
@@ -48,6 +48,7 @@ def _router_kernel(
     ROWS: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     inputs_ready()
+    next_may_begin()
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     e = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
     lane = tl.arange(0, LANES)
@@ -72,6 +73,7 @@ def _choose_kernel(
 ):  # fmt: skip
     """One chunk of tokens: the chosen experts ascending, their weights, and each copy's rank in the chunk."""
     inputs_ready()
+    next_may_begin()
     chunk = tl.program_id(0)
     t, e = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, EXPERTS)
     inside = (t < T)[:, None] & (e < E)[None, :]
@@ -119,6 +121,7 @@ def _place_kernel(
 ):  # fmt: skip
     """Where each copy of one chunk goes; the first program also lists the tiles of the grouped products."""
     inputs_ready()
+    next_may_begin()
     chunk = tl.program_id(0)
     e, line = tl.arange(0, EXPERTS), tl.arange(0, BLOCK)
     total, before = tl.zeros((EXPERTS,), tl.int32), tl.zeros((EXPERTS,), tl.int32)

@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from isobatch.kernels.gpu.device import INTERPRETED
-from isobatch.kernels.gpu.overlap import early, inputs_ready
+from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin
 from isobatch.kernels.gpu.ptx import ex2, fma, mul
 from isobatch.kernels.moe.experts import Experts
 from isobatch.kernels.moe.routing import Routing, route, router_logits
@@ -93,6 +93,7 @@ def _gate_up_kernel(
             else:
                 a = tl.load(x_rows[:, None] + (start + k)[None, :])
                 gate, up = tl.dot(a, g.T, gate), tl.dot(a, u.T, up)
+        next_may_begin()
         dtype = h.dtype.element_ty
         result = _silu_and_mul(gate.to(dtype), up.to(dtype))
         outputs = n + tl.arange(0, OUTPUTS)
@@ -128,6 +129,7 @@ def _down_kernel(
         mine = row < tl.load(ends + expert)
         h_rows = h + tl.where(mine, row, 0).to(tl.int64) * INNER
         acc = _product(h_rows, w, expert * WIDTH + n, INNER, ROWS, OUTPUTS, DEPTH, WEIGHT_LEFT)
+        next_may_begin()
         outputs = n + tl.arange(0, OUTPUTS)
         at = y + row[:, None].to(tl.int64) * WIDTH + outputs[None, :]
         tl.store(at, acc.to(y.dtype.element_ty), mask=mine[:, None] & (outputs < WIDTH)[None, :])
@@ -136,6 +138,7 @@ def _down_kernel(
 @triton.jit
 def _combine_kernel(y, weights, rows, out, WIDTH, ACTIVE: tl.constexpr, COLUMNS: tl.constexpr):
     inputs_ready()
+    next_may_begin()
     t, column = tl.program_id(0), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     acc = tl.zeros((COLUMNS,), tl.float32)
     for s in tl.static_range(ACTIVE):

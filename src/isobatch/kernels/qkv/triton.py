@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from isobatch.kernels.gpu.overlap import early, inputs_ready
+from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin
 from isobatch.kernels.gpu.rows import fold, inverse_root_mean, rotated, scaled, squares
 from isobatch.kernels.layout import PAGE, PagedRows
 
@@ -91,6 +91,7 @@ def _qk_norm_rotary_write_kernel(
     NORM: tl.constexpr,
 ):
     inputs_ready()
+    next_may_begin()
     t, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     Q_PARTS: tl.constexpr = (H + HEADS - 1) // HEADS
     KV_PARTS: tl.constexpr = (HKV + HEADS - 1) // HEADS

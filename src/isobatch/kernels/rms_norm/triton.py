@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from isobatch.kernels.gpu.overlap import early, inputs_ready
+from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin
 from isobatch.kernels.gpu.rows import fold, inverse_root_mean, scaled, squares
 
 
@@ -51,6 +51,7 @@ def _rms_norm_kernel(
     RESIDUAL: tl.constexpr,
 ):
     inputs_ready()
+    next_may_begin()
     r = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     c = tl.arange(0, BLOCK)[None, :]
     inside = (r < T) & (c < K)
