@@ -1,0 +1,163 @@
+"""Recorded decode is eager decode at every edge of the ladder, and at the real layers of Qwen3-8B, on a GPU.
+
+Under Triton's interpreter, where recording is running again, the first rungs are tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from isobatch import LLM, SamplingParams
+from isobatch.engine.graphs import DecodeGraphs, ladder
+from isobatch.engine.output import Reply
+from isobatch.kernels.gpu.device import INTERPRETED, device
+from tests.engine_harness import Ask, MovedError, drive, expect_same, stream
+from tests.test_gpu_engine import decoder, engine
+
+# Stale memory is NaN, and NumPy, which interprets, says so where it is masked.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+
+_MOST = 2 if INTERPRETED else 1024
+_RUNGS = ladder(_MOST)
+# Both sides of each edge: a full rung, and one more than it holds, which is padded to the next.
+EDGES = sorted({*_RUNGS, *(rung + 1 for rung in _RUNGS[:-1])})
+# Whole prompts in the first step, so that every later one is a step of decode with all of them in it.
+ASKS = tuple(
+    Ask(
+        stream(number)[: 3 + number],
+        SamplingParams(max_tokens=3, ignore_eos=True, logprobs=2, temperature=number % 2, seed=number),
+    )
+    for number in range(2 if INTERPRETED else 7)
+)
+
+
+@cache
+def eager(ask: Ask) -> Reply:
+    """Alone, and with no recording: an observer sees each call."""
+    with decoder().ops.observed(lambda *_call: None):
+        (reply,) = drive(engine(prefix_cache=False), [ask])
+    assert reply is not None
+    return reply
+
+
+def crowd(requests: int) -> list[Ask]:
+    return [ASKS[at % len(ASKS)] for at in range(requests)]
+
+
+def expect_eager(requests: int, recorded: list[int]) -> None:
+    """So many requests in recorded steps of just as many rows."""
+    asks = crowd(requests)
+    tokens = sum(len(ask.prompt) for ask in asks)
+    busy = engine(
+        blocks=2 * requests, prefix_cache=False, max_batch_sequences=requests, max_batch_tokens=tokens
+    )
+    for ask, reply in zip(asks, drive(busy, asks), strict=True):
+        expect_same(reply, eager(ask), f"{requests} requests")
+    assert requests in recorded
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each recorded step had."""
+    seen: list[int] = []
+    run = DecodeGraphs.run
+
+    def ran(self: DecodeGraphs, step: Any, patch: Any) -> Any:
+        seen.append(len(step.chunks))
+        return run(self, step, patch)
+
+    monkeypatch.setattr(DecodeGraphs, "run", ran)
+    return seen
+
+
+def test_rungs_are_a_quarter_apart_at_most_and_hold_what_is_asked() -> None:
+    for most in (1, 5, 63, 64, 1000, 1024, 5000):
+        rungs = ladder(most)
+        assert rungs[-1] >= most > (rungs[-2] if len(rungs) > 1 else 0)
+        assert all(
+            low < high <= max(low * 2 if low < 8 else low * 5 / 4, low + 8) for low, high in pairwise(rungs)
+        )
+
+
+@pytest.mark.parametrize("requests", EDGES)
+def test_recorded_decode_is_eager_decode_alone(requests: int, recorded: list[int]) -> None:
+    expect_eager(requests, recorded)
+
+
+def test_control_padded_rows_that_write_are_caught(
+    recorded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padded rows that store their key and value where a real row has its own."""
+    record = DecodeGraphs._record
+
+    def leaks(self: DecodeGraphs, size: int, context: int) -> None:
+        record(self, size, context)
+        self._ints[2, :size].clamp_(min=0)
+
+    monkeypatch.setattr(DecodeGraphs, "_record", leaks)
+    with pytest.raises(MovedError):
+        expect_eager(3, recorded)
+    assert recorded
+
+
+@pytest.fixture(scope="module")
+def layers() -> Iterator[list[Reply]]:
+    """Two of Qwen3-8B's layers with random weights: replies alone."""
+    llm = _real(prefix_cache=False)
+    yield [llm.generate([prompt], params)[0] for prompt, params in _real_asks()]
+    del llm
+    torch.cuda.empty_cache()
+
+
+def _real(**settings: Any) -> LLM:
+    return LLM(
+        "qwen3-8b",
+        load="random",
+        layers=2,
+        device="cuda",
+        kv_cache_bytes=1 << 30,
+        max_context=4096,
+        **settings,
+    )
+
+
+def _real_asks() -> list[tuple[list[int], SamplingParams]]:
+    # Lengths on both sides of the rules' thresholds; one that repeats itself, for drafts.
+    draws = torch.randint(0, 150_000, (6, 1400), generator=torch.Generator().manual_seed(5)).tolist()
+    prompts = [
+        draws[0][:7] * 40,
+        *(draw[:n] for draw, n in zip(draws, (1, 100, 511, 513, 1400), strict=False)),
+    ]
+    return [
+        (
+            prompt,
+            SamplingParams(temperature=at % 2, seed=at, max_tokens=40 + at, ignore_eos=True, logprobs=2),
+        )
+        for at, prompt in enumerate(prompts)
+    ]
+
+
+REAL_LOADS: dict[str, dict[str, Any]] = {
+    "together": {},
+    "chunks of 100": {"max_batch_tokens": 100},
+    "drafts": {"draft_tokens": 4},
+    "drafts in chunks": {"draft_tokens": 3, "max_batch_tokens": 130, "prefix_cache": False},
+    "chaos": {"policy": "chaos:3", "max_batch_tokens": 700, "draft_tokens": 2},
+}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="no GPU: the interpreter would take hours")
+@pytest.mark.parametrize("load", REAL_LOADS)
+def test_real_layers_give_the_reply_alone_under_any_load(load: str, layers: list[Reply]) -> None:
+    assert device().type == "cuda"
+    asks = _real_asks() * 3
+    llm = _real(**REAL_LOADS[load])
+    replies = llm.generate([prompt for prompt, _ in asks], [params for _, params in asks])
+    for reply, want in zip(replies, layers * 3, strict=True):
+        expect_same(reply, want, load)
