@@ -41,16 +41,17 @@ _HASTY = """
 from tests import compile_gpu_kernels as script
 compiled = script._compile_only()
 import torch
-from isobatch.kernels.embedding.triton import _embedding_kernel
-ids, table = torch.zeros(1, dtype=torch.int64), torch.zeros(4, 64, dtype=torch.bfloat16)
-_embedding_kernel[(1, 1)](ids, table, table, 64, K=64, BLOCK=64, launch_pdl=True)
-print(script.touches_too_early(compiled[0].asm["ptx"]))
+from tests.test_gpu_overlap import _copy_kernel
+x = torch.zeros(64)
+for waits in (True, False):
+    _copy_kernel[(1,)](x, x, COUNT=64, WAITS=waits, launch_pdl=True)
+print([script.touches_too_early(kernel.asm["ptx"]) for kernel in compiled])
 """
 
 
 def test_a_kernel_that_is_launched_early_and_does_not_wait_is_found() -> None:
     ran = _run("-c", _HASTY)
-    assert (ran.returncode, ran.stdout) == (0, "True\n"), ran.stderr
+    assert (ran.returncode, ran.stdout) == (0, "[False, True]\n"), ran.stderr
 
 
 def test_a_tile_that_wants_too_much_shared_memory_is_found() -> None:

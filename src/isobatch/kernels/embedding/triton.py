@@ -6,11 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
+from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin
 from isobatch.kernels.stock import DenseWeight
 
 
 @triton.jit
 def _embedding_kernel(ids, weight, out, weight_stride, K: tl.constexpr, BLOCK: tl.constexpr):
+    inputs_ready()
+    next_may_begin()
     t = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(weight + tl.load(ids + t) * weight_stride + c, mask=c < K)
@@ -26,7 +29,7 @@ def embedding_tiled(token_ids: torch.Tensor, weight: DenseWeight, *, most: int) 
     if len(token_ids):
         grid = (len(token_ids), triton.cdiv(K, block))
         _embedding_kernel[grid](
-            token_ids.contiguous(), table, out, table.stride(0), K=K, BLOCK=block, num_warps=4
+            token_ids.contiguous(), table, out, table.stride(0), K=K, BLOCK=block, num_warps=4, **early()
         )
     return out
 

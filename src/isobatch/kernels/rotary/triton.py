@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin
 from isobatch.kernels.gpu.rows import rotated
 
 
@@ -27,6 +28,8 @@ def _rotary_kernel(
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    inputs_ready()
+    next_may_begin()
     t = tl.program_id(0).to(tl.int64)
     h = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     c = tl.arange(0, BLOCK)[None, :]
@@ -64,6 +67,7 @@ def rotary_tiled(
             HEADS=heads,
             BLOCK=triton.next_power_of_2(D // 2),
             num_warps=warps,
+            **early(),
         )
     return y
 
