@@ -25,7 +25,6 @@ from tests.test_speculation import Prompter, expect_both
 # Stale memory is NaN, and NumPy, which interprets, says so where it is masked.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 
-# Replies that cross the end of a page.
 ASKS = tuple(replace(ask, params=replace(ask.params, max_tokens=7)) for ask in SHORT)
 
 

@@ -122,7 +122,7 @@ def test_wrong_arguments_are_refused_by_name() -> None:
     assert isinstance(mlp, SparseMLP)
     with pytest.raises(ShapeError, match=r"moe: wrong shape of x; expected \[any, 128\]"):
         ops.moe(torch.zeros(2, 63), mlp.experts)
-    assert ops.moe(torch.zeros(0, 64), mlp.experts).shape == (0, 64)
+    assert ops.moe(torch.zeros(0, 128), mlp.experts).shape == (0, 128)
 
 
 def test_experts_stay_coded_as_they_are_stored(tmp_path: Path) -> None:

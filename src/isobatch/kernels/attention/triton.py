@@ -69,10 +69,11 @@ def _tile_of(source, table, start, group, keys, block_stride, MASK: tl.constexpr
 @triton.jit
 def _attend_blocks(
     acc, m, lanes, q, k, v, table, group, begin, end, position, keys, block_stride, c,
-    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, MASK: tl.constexpr, MEET: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, MASK: tl.constexpr, INERT: tl.constexpr,
     PAGED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Keys begin..end, in blocks. MASK: some row may not see them all; MEET: nor do all rows see the same."""
+    """Keys begin..end, in blocks. MASK: some row may not see them all; INERT: what a row does not see is no
+    part of its sum even where it is NaN or infinite, though another row of the tile sees it."""
     for start in tl.range(begin, end, SPAN, num_stages=STAGES):
         kj = _tile_of(k, table, start, group, keys, block_stride, False, PAGED, D, WIDTH)
         s = product(q, tl.trans(kj), None)
@@ -84,7 +85,7 @@ def _attend_blocks(
         # What lies beyond the keys may hold anything, and 0 * NaN is NaN.
         vj = _tile_of(v, table, start, group, keys, block_stride, MASK, PAGED, D, WIDTH)
         acc = acc * alpha[:, None]
-        if MEET:
+        if INERT:
             acc = product(p, only_finite(vj), acc)
             acc = unseen_is_inert(acc, p, vj, seen)
         else:
@@ -165,8 +166,18 @@ def _attention_kernel(
         )  # fmt: skip
         acc, m, lanes = _attend_blocks(
             acc, m, lanes, qs, k, v, table, group, whole, keys, position, keys, block_stride, c,
-            D, WIDTH, ROWS, True, MEET, PAGED, 1,
+            D, WIDTH, ROWS, True, False, PAGED, 1,
         )  # fmt: skip
+        # 0 * NaN and 0 * inf are NaN, and stay it: where all is finite, no row saw what it must not. Where
+        # not, which is rare, the tile is begun again with care, which takes more registers than there are.
+        if tl.min((tl.abs(acc) < float("inf")).to(tl.int32)) == 0:
+            acc = tl.zeros((ROWS, WIDTH), tl.float32)
+            m = tl.full((ROWS,), float("-inf"), tl.float32)
+            lanes = tl.zeros((ROWS, 4), tl.float32)
+            acc, m, lanes = _attend_blocks(
+                acc, m, lanes, qs, k, v, table, group, 0, keys, position, keys, block_stride, c,
+                D, WIDTH, ROWS, True, True, PAGED, 1,
+            )  # fmt: skip
     next_may_begin()
     result = acc / row_total(lanes, ROWS)[:, None]
     if SINGLE:
