@@ -11,8 +11,9 @@ from rich.table import Table
 from isobatch.cli import bench_serve
 from isobatch.cli.bench_gpu import ceilings
 from isobatch.cli.model import release
-from isobatch.cli.step_cost import BATCHES, CONTEXTS, growth
+from isobatch.cli.step_cost import growth
 from isobatch.cli.step_profile import KERNELS, profile
+from isobatch.cli.workloads import BATCHES, CONTEXTS
 from isobatch.config import EngineConfig
 from isobatch.engine.backend import open_model, sized
 from isobatch.engine.engine import Engine

@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 
 from isobatch.cli.goals import Point
+from isobatch.cli.workloads import BATCHES, CONTEXT, CONTEXTS, FEW
 from isobatch.engine import sampler
 from isobatch.engine.batch import meanings
 from isobatch.engine.engine import Engine
@@ -35,12 +36,6 @@ from isobatch.models.checkpoint import EMBEDDING, expected_tensors
 from isobatch.models.config import ModelConfig
 from isobatch.ops.queued import QueuedOps
 
-BATCHES = tuple(1 << doubling for doubling in range(11))
-"""Sequences of a step, at contexts of CONTEXT tokens."""
-CONTEXT = 256
-CONTEXTS = (128, 512, 2048, 8192, 32768, 131072)
-"""Tokens of each sequence, at batches of FEW."""
-FEW = (1, 8, 32)
 _ROUNDS = 24
 
 
