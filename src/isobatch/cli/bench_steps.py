@@ -123,7 +123,7 @@ def tables(report: dict[str, Any]) -> Iterator[Table]:
             cells = (f"{k['us']:.0f}  {k['share']:4.0%}  {k['launches']:4.0f}" if k else "" for k in found)
             shares.add_row(kind, *cells)
     for name, key in (("all", "us"), ("without the tracer", "untraced_us")):
-        shares.add_row(name, *(f"{one[key]:.0f}            " for one in report["profiles"]))
+        shares.add_row(name, *(f"{one[key]:.0f}" for one in report["profiles"]))
     if report["profiles"]:
         yield shares
 
