@@ -138,7 +138,7 @@ def test_engine_on_the_gpus_kernels_is_made(tmp_path: Path, monkeypatch: pytest.
         ("bench gpu --model qwen3-8b", "leave out --model"),
         ("bench gpu --repeats 5", "leave out --repeats"),
         ("bench gpu --only isobatch", "linear or attention or moe or rows; got isobatch"),
-        ("bench serve --only linear", "isobatch; got linear"),
+        ("bench serve --only linear", "isobatch or steps; got linear"),
         ("bench cpu --only linear", "no --only"),
         ("bench serve --repeats 0", "1 or more; got 0"),
         ("bench serve --model qwen3-0.6b --beside times.json", "expected qwen3-8b; got --model qwen3-0.6b"),

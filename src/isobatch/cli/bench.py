@@ -14,7 +14,7 @@ from rich.table import Table
 _RED_GATE = 1
 _RESULTS = Path("benchmarks/results")
 # What --only may name.
-_PARTS = {"gpu": ("linear", "attention", "moe", "rows"), "serve": ("isobatch",)}
+_PARTS = {"gpu": ("linear", "attention", "moe", "rows"), "serve": ("isobatch", "steps")}
 _REPEATS = 3
 
 
@@ -40,7 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         nargs="+",
         choices=[part for parts in _PARTS.values() for part in parts],
         help="of bench gpu, these parts alone (results: gpu-PART.json); of bench serve isobatch, without "
-        "torch's side",
+        "torch's side, or steps: what a decode step costs and where its time goes (results: serve-PART.json)",
     )
     parser.add_argument(
         "--beside",
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         report = beside.merged(report, sides)
     path = arguments.out or _RESULTS / f"{'-'.join([arguments.target, *(arguments.only or ())])}.json"
     results.write(path, report)
-    (_print_gpu if on_gpu else _print_cpu)(Console(stderr=arguments.json), report)
+    _print(Console(stderr=arguments.json), report)
     console.print(f"kept in {path}")
     if arguments.json:
         print(json.dumps(report))
@@ -108,6 +108,11 @@ def _check(arguments: argparse.Namespace) -> None:
     if unknown := [part for part in arguments.only or () if part not in known]:
         expected = " or ".join(known) or "no --only"
         raise ConfigError(f"bench {target}: bad --only", expected=expected, got=" ".join(unknown))
+    if target == "serve" and "steps" in (arguments.only or ()):
+        for option in ("only", "beside", "repeats"):
+            if getattr(arguments, option) not in (None, [], ["steps"]):
+                fix = f"give --only steps without another part or --{option}"
+                raise ConfigError("steps are measured by themselves, in rounds of their own", fix=fix)
     if arguments.beside and target != "serve":
         raise ConfigError("bench: --beside", expected="bench serve", got=f"bench {target}")
     if arguments.beside and arguments.model not in (None, MODEL):
@@ -131,7 +136,7 @@ def _on_gpu(arguments: argparse.Namespace, progress: Callable[[str], None]) -> d
     from isobatch.errors import MissingDependencyError, UnsupportedOpError
 
     try:
-        from isobatch.cli import bench_gpu, bench_serve
+        from isobatch.cli import bench_gpu, bench_serve, bench_steps
         from isobatch.cli.workloads import MODEL
         from isobatch.kernels.gpu.device import INTERPRETED, device
     except ImportError as error:
@@ -141,6 +146,8 @@ def _on_gpu(arguments: argparse.Namespace, progress: Callable[[str], None]) -> d
         raise UnsupportedOpError("the interpreter's times say nothing", fix="unset TRITON_INTERPRET")
     if arguments.target == "serve":
         model, repeats = arguments.model or MODEL, arguments.repeats or bench_serve.REPEATS
+        if arguments.only == ["steps"]:
+            return bench_steps.run(model, progress)
         return bench_serve.run(model, repeats, stock=not arguments.only, progress=progress)
     parts = arguments.only or list(_PARTS["gpu"])
     verdicts = bench_gpu.gate(parts, progress)
@@ -150,6 +157,18 @@ def _on_gpu(arguments: argparse.Namespace, progress: Callable[[str], None]) -> d
     if "attention" in parts:
         transcript["cudnn"] = bench_gpu.libraries(progress)
     return {"gate": "green", "certification": transcript, **bench_gpu.measure(parts, progress)}
+
+
+def _print(console: Console, report: dict[str, Any]) -> None:
+    if "figures" in report:
+        _print_cpu(console, report)
+    elif "profiles" in report:
+        from isobatch.cli import bench_steps
+
+        for table in bench_steps.tables(report):
+            console.print(table)
+    else:
+        _print_gpu(console, report)
 
 
 def _print_cpu(console: Console, report: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from isobatch.engine.memory import block_bytes, weight_bytes
 from isobatch.engine.sampling_params import SamplingParams
 from isobatch.errors import IntegrityError
 from isobatch.kernels.layout import PAGE
+from isobatch.models.checkpoint import Checkpoint
 from isobatch.models.config import ModelConfig
 from isobatch.models.loading import load_decoder
 
@@ -54,7 +55,16 @@ def make_engine(model: str, kernels: Kernels = "isobatch") -> Engine:
     )
     checkpoint = open_model(model, config)
     room = block_bytes(checkpoint.config, config.number_bytes) * (_KV_TOKENS // PAGE)
-    config = replace(config, kv_cache_bytes=room)
+    return loaded(checkpoint, replace(config, kv_cache_bytes=room))
+
+
+def loaded(checkpoint: Checkpoint, config: EngineConfig) -> Engine:
+    """An engine without a tokenizer, in a process that does nothing else.
+
+    Raises:
+        ConfigError: settings that this model cannot be run with.
+        OutOfMemoryError: it does not fit.
+    """
     check_settings(checkpoint.config, config)
     require_memory(config, checkpoint)
     decoder = load_decoder(checkpoint, make_ops(config, checkpoint.config))

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from isobatch._version import __version__
-from isobatch.cli import bench, demo, doctor, generate, serve, tune, verify
+from isobatch.cli import bench, demo, doctor, generate, plot, serve, tune, verify
 from isobatch.cli.parser import Parser
 from isobatch.errors import (
     ConfigError,
@@ -44,6 +44,7 @@ _COMMANDS: dict[str, ModuleType] = {
     "demo": demo,
     "tune": tune,
     "bench": bench,
+    "plot": plot,
     "doctor": doctor,
 }
 

@@ -67,3 +67,10 @@ WORKLOADS = (
     Workload(64, (4000, 4000), (16, 16), rate=160),
 )
 """What vLLM was measured on."""
+
+BATCHES = tuple(1 << doubling for doubling in range(11))
+"""Sequences of a decode step that `--only steps` times, of CONTEXT tokens each."""
+CONTEXT = 256
+CONTEXTS = (128, 512, 2048, 8192, 32768, 131072)
+"""Tokens of each sequence of such a step, for batches of FEW."""
+FEW = (1, 8, 32)

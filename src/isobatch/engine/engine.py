@@ -29,6 +29,7 @@ from isobatch.errors import (
     RequestError,
     UnknownRequestError,
 )
+from isobatch.kernels.layout import Cache
 from isobatch.models.config import ModelConfig
 from isobatch.models.decoder import Decoder
 from isobatch.ops.environment import require_ieee_here
@@ -142,6 +143,11 @@ class Engine:
     def _mend(self) -> None:
         if self._torn:
             self._start_over()
+
+    @property
+    def caches(self) -> list[Cache]:
+        """Keys and values, a cache per layer; while there is no work, nothing in them is needed."""
+        return self._caches
 
     @property
     def has_work(self) -> bool:

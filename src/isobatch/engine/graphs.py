@@ -18,7 +18,7 @@ from itertools import chain
 
 import torch
 
-from isobatch.engine.scheduled import ScheduledStep
+from isobatch.engine.scheduled import Chunk, ScheduledStep
 from isobatch.kernels.layout import Cache
 from isobatch.models.decoder import Decoder
 from isobatch.models.inputs import Batch
@@ -82,6 +82,20 @@ class DecodeGraphs:
             Logits, float32 [R, V], a sequence's drafts behind its token. Their projection is not recorded:
             each recording would keep its own, and those of a thousand rows take hundreds of megabytes.
         """
+        return self.ready(step, patch)()
+
+    def ready(
+        self, step: ScheduledStep, patch: Callable[[torch.Tensor], object] | None
+    ) -> Callable[[], torch.Tensor]:
+        """Brings what a step that fits reads to where its recording looks for it.
+
+        Args:
+            step: the plan.
+            patch: as of `run`.
+
+        Returns:
+            What queues the step, and gives its logits; again and again, until another step is made ready.
+        """
         ops, chunks, page = self._ops, step.chunks, self._ops.page
         # Of each draft the chunk; of each row the chunk's table, and the position.
         owners = [at for at, chunk in enumerate(chunks) for _ in chunk.drafts]
@@ -104,14 +118,21 @@ class DecodeGraphs:
         if key not in self._recorded:
             self._record(*key)
         replay, hidden = self._recorded[key]
-        replay()
-        if not owners:
-            return self._decoder.logits(hidden[: len(rows)])
+        order = self._order(chunks) if owners else slice(len(rows))
+
+        def queue() -> torch.Tensor:
+            replay()
+            return self._decoder.logits(hidden[order])
+
+        return queue
+
+    def _order(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """The rows, each sequence's drafts behind its token."""
         order, behind = [], len(chunks)
         for row, chunk in enumerate(chunks):
             order += [row, *range(behind, behind + len(chunk.drafts))]
             behind += len(chunk.drafts)
-        return self._decoder.logits(hidden[ops.tensor(order)])
+        return self._ops.tensor(order)
 
     def _bound(self, size: int, context: int) -> int:
         """The context that a recording is made for, which covers this one."""

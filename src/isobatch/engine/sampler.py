@@ -42,9 +42,14 @@ def draw(ops: Ops, logits: torch.Tensor, drawn: Rows[LogitRow]) -> torch.Tensor:
     Determinism:
         Each token depends on its row of logits, its position, and its sequence's parameters, seed and tokens.
     """
-    params = [row.sequence.params for row in drawn]
     if any(needs_history(row.sequence) for row in drawn):
         logits = ops.penalize(logits, _penalty_rows(ops, drawn))
+    return ops.sample(logits, sampling_rows(ops, drawn))
+
+
+def sampling_rows(ops: Ops, drawn: Rows[LogitRow]) -> SamplingRows:
+    """What the choice of each row's token depends on, beside the logits and what came before."""
+    params = [row.sequence.params for row in drawn]
     # Two uploads rather than six: on a GPU each takes longer than choosing the token does. Each row begins at
     # 16 bytes, for which the kernels are compiled.
     S, spare = len(drawn), [0] * (-len(drawn) % 4)
@@ -56,7 +61,7 @@ def draw(ops: Ops, logits: torch.Tensor, drawn: Rows[LogitRow]) -> torch.Tensor:
     ]
     temperature, top_p, min_p = ops.tensor([[*row, *spare] for row in numbers], torch.float32)[:, :S]
     top_k, seed, position = ops.tensor([[*row, *spare] for row in counts])[:, :S]
-    rows = SamplingRows(
+    return SamplingRows(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -66,7 +71,6 @@ def draw(ops: Ops, logits: torch.Tensor, drawn: Rows[LogitRow]) -> torch.Tensor:
         greedy=all(p.temperature == 0 for p in params),
         unfiltered=all(p.top_k == 0 and p.top_p == 1 for p in params),
     )
-    return ops.sample(logits, rows)
 
 
 def log_probs(

@@ -101,6 +101,11 @@ class RandomCheckpoint:
         """The same without the layers after these."""
         return RandomCheckpoint(replace(self.config, num_layers=count), self._seed, self._numbers, self.path)
 
+    def with_context(self, length: int) -> RandomCheckpoint:
+        """The same for sequences of up to this many tokens: no weight depends on it."""
+        config = replace(self.config, context_length=length)
+        return RandomCheckpoint(config, self._seed, self._numbers, self.path)
+
     def names(self) -> frozenset[str]:
         """The names of all tensors."""
         return frozenset(self._shapes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -58,6 +59,30 @@ def microseconds(sides: Sequence[Work], copies: int, rounds: int = 12) -> list[f
         statistics.median(start.elapsed_time(stop) for start, stop in events) * 1e3 / copies
         for events in spans
     ]
+
+
+def queued_microseconds(work: Callable[[], object], rounds: int) -> float:
+    """The median time of work that a host can queue faster than the device does it, such as a replay.
+
+    All rounds are queued one behind the other, after two that are not counted: while the device does those,
+    the host gets ahead. So a round ends when the next begins, and nothing in between waits for the host.
+
+    Args:
+        work: must not synchronise.
+        rounds: how many are counted.
+
+    Returns:
+        Microseconds.
+    """
+    ends = [_event() for _ in range(1 + rounds)]
+    for _ in range(2):
+        work()
+    ends[0].record()
+    for end in ends[1:]:
+        work()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in pairwise(ends)) * 1e3
 
 
 def _event() -> torch.cuda.Event:

@@ -1,0 +1,146 @@
+"""How the time of one decode step grows with the batch and with the context, beside the least it could be.
+
+A step is what the engine queues for it: the recorded graph from embedding to hidden states, the output
+projection, and greedy sampling. It is timed on the device, with the host ahead, so that nothing of the host
+is in it; what the host adds is in the profile (`cli/step_profile.py`).
+
+The floor is what the bytes take at the bandwidth of a copy, or the operations at the peak rate, whichever is
+more. The bytes are the weights that a step reads and the keys and values of all contexts. Of an embedding
+that is not the output projection too, a step reads a few rows, and of a mixture of experts at least those of
+one token: nothing else of these is counted.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+
+from isobatch.cli.goals import Point
+from isobatch.cli.workloads import BATCHES, CONTEXT, CONTEXTS, FEW
+from isobatch.engine import sampler
+from isobatch.engine.batch import meanings
+from isobatch.engine.engine import Engine
+from isobatch.engine.graphs import DecodeGraphs
+from isobatch.engine.memory import block_bytes
+from isobatch.engine.request import Sequence
+from isobatch.engine.sampling_params import SamplingParams
+from isobatch.engine.scheduled import Chunk, ScheduledStep
+from isobatch.kernels.attention.gpu_rows import GpuKVCache
+from isobatch.kernels.gpu.timing import queued_microseconds
+from isobatch.kernels.layout import PAGE
+from isobatch.models.checkpoint import EMBEDDING, expected_tensors
+from isobatch.models.config import ModelConfig
+from isobatch.ops.queued import QueuedOps
+
+_ROUNDS = 24
+
+
+def growth(
+    engine: Engine, native: int, limits: dict[str, float], progress: Callable[[str], None]
+) -> tuple[list[Point], list[dict[str, Any]]]:
+    """Times a step of every batch and context whose keys and values fit, no block shared by two sequences.
+
+    Args:
+        engine: without work; its caches are written over.
+        native: the context that the model was configured for. Beyond it the cost is as real as within.
+        limits: as `bench_gpu.ceilings` gives them.
+        progress: told each point.
+
+    Returns:
+        The points; and what was left out, each with the reason.
+    """
+    decoder = engine.decoder
+    config, page, blocks = decoder.config, decoder.ops.page, engine.pool.num_blocks
+    graphs = DecodeGraphs(
+        decoder, cast(QueuedOps, decoder.ops), engine.caches, max(BATCHES), engine.max_context
+    )
+    _fill(engine)
+    points, left_out = [], []
+    for batch, context in _spots():
+        if batch * -(-context // page) > blocks:
+            each = block_bytes(config, 2)
+            need, have = (n * each / 1e9 for n in (batch * -(-context // page), blocks))
+            why = f"keys and values take {need:.1f} GB, and the cache has {have:.1f}"
+            left_out.append({"what": f"batch {batch}, context {context}", "why": why})
+            continue
+        progress(f"a step of {batch} x {context} tokens")
+        time = queued_microseconds(_step(decoder.ops, graphs, config.vocab_size, batch, context), _ROUNDS)
+        moved, computed = floors(config, batch, context, limits)
+        floor = max(moved, computed) * 1e6
+        points.append(
+            {
+                "batch": batch,
+                "context": context,
+                "us": time,
+                "floor_us": floor,
+                "floor_of": "bytes" if moved >= computed else "operations",
+                "above_floor": time / floor,
+                "beyond_the_models_context": context > native,
+            }
+        )
+    return points, left_out
+
+
+def _spots() -> list[tuple[int, int]]:
+    return [(b, CONTEXT) for b in BATCHES] + [(b, context) for b in FEW for context in CONTEXTS]
+
+
+def _fill(engine: Engine) -> None:
+    """Numbers as keys and values have them: what memory held before may be NaN, or switch no transistor."""
+    for cache in engine.caches:
+        kept = cast(GpuKVCache, cache)
+        for tensor in (kept.k, kept.v):
+            tensor.normal_(generator=torch.Generator(tensor.device).manual_seed(0))
+
+
+def _step(
+    ops: Any, graphs: DecodeGraphs, vocabulary: int, batch: int, context: int
+) -> Callable[[], torch.Tensor]:
+    """What queues a step and gives its tokens: every sequence computes the last of its `context` tokens."""
+    pages = -(-context // ops.page)
+    draw = random.Random(f"{batch} x {context}")
+    greedy = SamplingParams(temperature=0)
+    chunks = [
+        Chunk(
+            Sequence(id=row, prompt_ids=(0,), params=greedy, seed=row, arrival=row),
+            start=context - 1,
+            token_ids=(draw.randrange(vocabulary),),
+            block_table=tuple(range(row * pages, (row + 1) * pages)),
+            samples=True,
+        )
+        for row in range(batch)
+    ]
+    step = ScheduledStep(tuple(chunks), ())
+    logits, rows = graphs.ready(step, None), sampler.sampling_rows(ops, meanings(step))
+    return lambda: ops.sample(logits(), rows)
+
+
+def floors(config: ModelConfig, batch: int, context: int, limits: dict[str, float]) -> tuple[float, float]:
+    """Seconds that a step's bytes take at least, and its operations.
+
+    Args:
+        config: the model, its numbers two bytes each.
+        batch: how many sequences.
+        context: tokens of each.
+        limits: bytes and operations per second.
+    """
+    numbers = _numbers(config)
+    keys = batch * context * (block_bytes(config, 2) // PAGE)
+    attended = 2 * batch * context * config.num_layers * config.num_heads * config.head_size
+    moved = (2 * numbers + keys) / limits["bytes_per_s"]
+    return moved, 2 * (batch * numbers + attended) / limits["flop_per_s"]
+
+
+def _numbers(config: ModelConfig) -> float:
+    """How many weights a step reads at least."""
+    total = 0.0
+    for name, shape in expected_tensors(config).items():
+        if name == EMBEDDING and not config.tie_embeddings:
+            continue
+        of_one_token = config.moe.active / config.moe.experts if config.moe and ".experts." in name else 1
+        total += math.prod(shape) * of_one_token
+    return total
