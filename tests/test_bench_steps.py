@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from isobatch.cli import bench_serve, bench_steps, main, step_cost, step_profile
-from isobatch.cli.step_cost import floors
+from isobatch.cli.floors import prompts_floor, step_floor
 from isobatch.cli.step_profile import IDLE, KERNELS, LINEAR, OTHER, OUTPUT, SAMPLING, Launch, attributed
 from isobatch.cli.workloads import Workload
 from isobatch.config import EngineConfig
@@ -96,15 +96,22 @@ def test_floor_is_of_what_a_step_reads_and_computes() -> None:
     embedding = model.vocab_size * model.hidden_size
     read = 8_190_735_360 - embedding  # as published, without the table of which a step reads rows
     limits = {"bytes_per_s": 1.0, "flop_per_s": 1.0}
-    moved, computed = floors(model, 1, 0, limits)
+    moved, computed = step_floor(model, 1, 0, limits)
     assert (moved, computed) == (2 * read, 2 * read)
     key = 2 * 36 * 8 * 128 * 2
-    assert floors(model, 8, 100, limits)[0] == 2 * read + 800 * key
-    assert floors(model, 8, 100, limits)[1] == 16 * read + 800 * 4 * 36 * 32 * 128
+    assert step_floor(model, 8, 800, limits)[0] == 2 * read + 800 * key
+    assert step_floor(model, 8, 800, limits)[1] == 16 * read + 800 * 4 * 36 * 32 * 128
     tied = preset("qwen3-0.6b").config()
-    assert floors(tied, 1, 0, limits)[0] == floors(replace(tied, tie_embeddings=False), 1, 0, limits)[0]
+    assert (
+        step_floor(tied, 1, 0, limits)[0] == step_floor(replace(tied, tie_embeddings=False), 1, 0, limits)[0]
+    )
+    # Of a prompt of two tokens the last is projected, the second sees two keys.
+    layers = read - embedding
+    attended = 3 * 4 * 36 * 32 * 128
+    assert prompts_floor(model, [2], limits) == 2 * (2 * layers + embedding) + attended
+    assert prompts_floor(model, [2], limits | {"bytes_per_s": 1e-3}) == 2e3 * read
     mixture = preset("qwen3-30b-a3b").config()
-    assert 3.0e9 < floors(mixture, 1, 0, limits)[0] / 2 < 3.3e9  # 3.3 billion active, a table included
+    assert 3.0e9 < step_floor(mixture, 1, 0, limits)[0] / 2 < 3.3e9  # 3.3 billion active, a table included
 
 
 def a_step(begin: float) -> list[Launch]:

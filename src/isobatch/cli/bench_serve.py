@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from isobatch.cli.bench_gpu import ceilings
+from isobatch.cli.floors import prompts_floor, step_floor
 from isobatch.cli.goals import Goal, Point, at_least, at_most
 from isobatch.cli.model import release, settle
 from isobatch.cli.workloads import WORKLOADS, Workload
 from isobatch.config import EngineConfig, Kernels
 from isobatch.engine.backend import make_ops, open_model, require_memory
 from isobatch.engine.engine import Engine, check_settings
-from isobatch.engine.memory import block_bytes, weight_bytes
+from isobatch.engine.memory import block_bytes
 from isobatch.engine.sampling_params import SamplingParams
 from isobatch.errors import IntegrityError
 from isobatch.kernels.layout import PAGE
@@ -203,17 +204,11 @@ def _timed(
 def floor_seconds(
     config: ModelConfig, asks: Sequence[tuple[list[int], SamplingParams]], limits: dict[str, float]
 ) -> float:
-    """The least time: prompts at the peak rate, then steps that read weights and keys once, all together."""
-    weights = weight_bytes(config, 2)
-    key_bytes = block_bytes(config, 2) // PAGE
-    operations = weights  # two for each number of two bytes
-    prompts = sum(len(prompt) for prompt, _ in asks)
-    attended = sum(len(prompt) ** 2 for prompt, _ in asks) * 2 * config.num_layers
-    total = (prompts * operations + attended * config.num_heads * config.head_size) / limits["flop_per_s"]
+    """The least time: all prompts together, then steps that read weights and keys once."""
+    total = prompts_floor(config, [len(prompt) for prompt, _ in asks], limits)
     for step in range(1, max(params.max_tokens for _, params in asks)):
         running = [len(prompt) + step for prompt, params in asks if step < params.max_tokens]
-        moved = weights + sum(running) * key_bytes
-        total += max(moved / limits["bytes_per_s"], len(running) * operations / limits["flop_per_s"])
+        total += max(step_floor(config, len(running), sum(running), limits))
     return total
 
 

@@ -12,13 +12,13 @@ one token: nothing else of these is counted.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 
+from isobatch.cli.floors import step_floor
 from isobatch.cli.goals import Point
 from isobatch.cli.workloads import BATCHES, CONTEXT, CONTEXTS, FEW
 from isobatch.engine import sampler
@@ -31,9 +31,6 @@ from isobatch.engine.sampling_params import SamplingParams
 from isobatch.engine.scheduled import Chunk, ScheduledStep
 from isobatch.kernels.attention.gpu_rows import GpuKVCache
 from isobatch.kernels.gpu.timing import queued_microseconds
-from isobatch.kernels.layout import PAGE
-from isobatch.models.checkpoint import EMBEDDING, expected_tensors
-from isobatch.models.config import ModelConfig
 from isobatch.ops.queued import QueuedOps
 
 _ROUNDS = 24
@@ -69,7 +66,7 @@ def growth(
             continue
         progress(f"a step of {batch} x {context} tokens")
         time = queued_microseconds(_step(decoder.ops, graphs, config.vocab_size, batch, context), _ROUNDS)
-        moved, computed = floors(config, batch, context, limits)
+        moved, computed = step_floor(config, batch, batch * context, limits)
         floor = max(moved, computed) * 1e6
         points.append(
             {
@@ -117,30 +114,3 @@ def _step(
     step = ScheduledStep(tuple(chunks), ())
     logits, rows = graphs.ready(step, None), sampler.sampling_rows(ops, meanings(step))
     return lambda: ops.sample(logits(), rows)
-
-
-def floors(config: ModelConfig, batch: int, context: int, limits: dict[str, float]) -> tuple[float, float]:
-    """Seconds that a step's bytes take at least, and its operations.
-
-    Args:
-        config: the model, its numbers two bytes each.
-        batch: how many sequences.
-        context: tokens of each.
-        limits: bytes and operations per second.
-    """
-    numbers = _numbers(config)
-    keys = batch * context * (block_bytes(config, 2) // PAGE)
-    attended = 2 * batch * context * config.num_layers * config.num_heads * config.head_size
-    moved = (2 * numbers + keys) / limits["bytes_per_s"]
-    return moved, 2 * (batch * numbers + attended) / limits["flop_per_s"]
-
-
-def _numbers(config: ModelConfig) -> float:
-    """How many weights a step reads at least."""
-    total = 0.0
-    for name, shape in expected_tensors(config).items():
-        if name == EMBEDDING and not config.tie_embeddings:
-            continue
-        of_one_token = config.moe.active / config.moe.experts if config.moe and ".experts." in name else 1
-        total += math.prod(shape) * of_one_token
-    return total
