@@ -5,9 +5,9 @@ next ones are launched, and their first loads come back. Programmatic dependent 
 a kernel take its places as soon as all programs of the one before have said `next_may_begin`. What it does
 before `inputs_ready` may touch only what no kernel of a step writes, such as weights.
 
-Every kernel that is launched with `EARLY` calls `inputs_ready` before anything else that reads or writes. Its
-end so says that all kernels before it have ended, too: memory may be given back and used again in the order
-of launches, as ever. No sum is touched, and no bit.
+Every kernel that is launched with `early()` calls `inputs_ready` before anything else that reads or writes.
+Its end so says that all kernels before it have ended, too: memory may be given back and used again in the
+order of launches, as ever. No sum is touched, and no bit.
 
 Source: the CUDA C++ programming guide, "Programmatic Dependent Launch and Synchronization".
 """

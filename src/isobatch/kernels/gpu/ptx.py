@@ -2,7 +2,7 @@
 
 Triton contracts a multiplication and an addition into one fused step where it sees them side by side. Where a
 written order rounds them apart, or fuses them, it says so with these. Subnormal numbers are flushed, as the
-vendor's attention does.
+vendor's attention does, but by `add_ieee`.
 """
 
 from __future__ import annotations
@@ -43,6 +43,16 @@ def add(x, y):
         return x + y
     return tl.inline_asm_elementwise(
         "add.rn.ftz.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def add_ieee(x, y):
+    """X + y, rounded, subnormal numbers kept."""
+    if _PLAIN:
+        return x + y
+    return tl.inline_asm_elementwise(
+        "add.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
     )
 
 

@@ -16,11 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-from isobatch.kernels.gpu.device import INTERPRETED
 from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin
+from isobatch.kernels.gpu.ptx import add_ieee
 from isobatch.kernels.stock import DenseWeight
 
-_PLAIN = tl.constexpr(INTERPRETED)
 _BLOCK = tl.constexpr(32)
 
 
@@ -31,24 +30,14 @@ class Tile:
     Args:
         rows: rows of x per tile.
         outputs: outputs per tile.
-        plain: whether inputs are taken one by one, which is canonical, or a block at a time.
         warps: warps per program.
+        plain: whether inputs are taken one by one, which is canonical, or a block at a time.
     """
 
     rows: int
     outputs: int
     warps: int
     plain: bool = False
-
-
-@triton.jit
-def _sum(x, y):
-    """X + y, rounded: a sum that the compiler cannot draw into the chain of products before it."""
-    if _PLAIN:
-        return x + y
-    return tl.inline_asm_elementwise(
-        "add.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
-    )
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -76,10 +65,11 @@ def _linear_float32_kernel(
             a = tl.load(x_rows[:, None] + at[None, :], mask=(at < K)[None, :], other=0.0)
             b = tl.load(w_rows[None, :] + at[:, None], mask=(at < K)[:, None], other=0.0)
             block = tl.dot(a, b, zeros, input_precision="ieee")
-        acc = _sum(acc, block)
+        # In assembly, since the compiler would draw a plain sum into the chain of products before it.
+        acc = add_ieee(acc, block)
     if BIASED:
         b = tl.load(bias + outputs, mask=outputs < N, other=0.0)
-        acc = _sum(acc, tl.broadcast_to(b[None, :], (ROWS, OUTPUTS)))
+        acc = add_ieee(acc, tl.broadcast_to(b[None, :], (ROWS, OUTPUTS)))
     next_may_begin()
     at = y + rows[:, None].to(tl.int64) * N + outputs[None, :]
     tl.store(at, acc, mask=(rows < M)[:, None] & (outputs < N)[None, :])
