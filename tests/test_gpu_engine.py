@@ -254,16 +254,17 @@ def test_cache_is_what_weights_and_a_step_leave(monkeypatch: pytest.MonkeyPatch)
 
 def test_interrupted_table_is_shown_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the host believes of the device's block tables must never be ahead of what was queued."""
-    graphs = engine()._runner._graphs
+    graphs = engine()._runner._decode
     assert graphs is not None
-    graphs._show([(3, 5), (7,)])
+    tables = graphs.tables
+    tables.show([(3, 5), (7,)])
     with monkeypatch.context() as broken:
         broken.setattr(GpuOps, "tensor", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
-            graphs._show([(3, 5, 9), (8,)])
-    graphs._show([(3, 5, 9), (8,)])
-    assert graphs._tables[0, :3].tolist() == [3, 5, 9]
-    assert graphs._tables[1, :1].tolist() == [8]
+            tables.show([(3, 5, 9), (8,)])
+    tables.show([(3, 5, 9), (8,)])
+    assert tables.tensor[0, :3].tolist() == [3, 5, 9]
+    assert tables.tensor[1, :1].tolist() == [8]
 
 
 def test_observers_see_every_step_recorded_or_not() -> None:

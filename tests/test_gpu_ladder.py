@@ -6,6 +6,7 @@ Under Triton's interpreter, where recording is running again, the first rungs ar
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -14,7 +15,9 @@ import pytest
 import torch
 
 from isobatch import LLM, SamplingParams
-from isobatch.engine.graphs import DecodeGraphs, ladder
+from isobatch.engine import graphs, sampler
+from isobatch.engine.graph_inputs import GraphInputs
+from isobatch.engine.graphs import DRAWN, Computed, DecodeGraphs, ladder
 from isobatch.engine.output import Reply
 from isobatch.kernels.gpu.device import INTERPRETED, device
 from tests.engine_harness import Ask, MovedError, drive, expect_same, stream
@@ -35,6 +38,12 @@ ASKS = tuple(
     )
     for number in range(2 if INTERPRETED else 7)
 )
+# Nobody wants to see logits, so that tokens are chosen in the recording.
+UNSEEN = tuple(replace(ask, params=replace(ask.params, logprobs=None, max_tokens=6)) for ask in ASKS)
+FILTERED = tuple(
+    replace(ask, params=replace(ask.params, top_k=7 + at, top_p=0.9)) for at, ask in enumerate(UNSEEN)
+)
+GREEDY = tuple(replace(ask, params=replace(ask.params, temperature=0)) for ask in UNSEEN)
 
 
 @cache
@@ -46,31 +55,29 @@ def eager(ask: Ask) -> Reply:
     return reply
 
 
-def crowd(requests: int) -> list[Ask]:
-    return [ASKS[at % len(ASKS)] for at in range(requests)]
-
-
-def expect_eager(requests: int, recorded: list[int]) -> None:
+def expect_eager(requests: int, recorded: list[tuple[int, bool]], asks: tuple[Ask, ...] = ASKS) -> None:
     """So many requests in recorded steps of just as many rows."""
-    asks = crowd(requests)
+    asks = tuple(asks[at % len(asks)] for at in range(requests))
     tokens = sum(len(ask.prompt) for ask in asks)
     busy = engine(
         blocks=2 * requests, prefix_cache=False, max_batch_sequences=requests, max_batch_tokens=tokens
     )
     for ask, reply in zip(asks, drive(busy, asks), strict=True):
         expect_same(reply, eager(ask), f"{requests} requests")
-    assert requests in recorded
+    drawn = asks[0].params.logprobs is None and requests <= DRAWN
+    assert (requests, drawn) in recorded
 
 
 @pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows each recorded step had."""
-    seen: list[int] = []
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """How many rows each recorded step had, and whether its tokens were chosen in the recording."""
+    seen: list[tuple[int, bool]] = []
     run = DecodeGraphs.run
 
-    def ran(self: DecodeGraphs, step: Any, patch: Any) -> Any:
-        seen.append(len(step.chunks))
-        return run(self, step, patch)
+    def ran(self: DecodeGraphs, step: Any, *rest: Any) -> Computed:
+        computed = run(self, step, *rest)
+        seen.append((len(step.chunks), computed.logits is None))
+        return computed
 
     monkeypatch.setattr(DecodeGraphs, "run", ran)
     return seen
@@ -86,23 +93,56 @@ def test_rungs_are_a_quarter_apart_at_most_and_hold_what_is_asked() -> None:
 
 
 @pytest.mark.parametrize("requests", EDGES)
-def test_recorded_decode_is_eager_decode_alone(requests: int, recorded: list[int]) -> None:
+def test_recorded_decode_is_eager_decode_alone(requests: int, recorded: list[tuple[int, bool]]) -> None:
     expect_eager(requests, recorded)
 
 
+@pytest.mark.parametrize("asks", [UNSEEN, FILTERED, GREEDY], ids=["sampled", "filtered", "greedy"])
+@pytest.mark.parametrize("requests", [edge for edge in EDGES if edge <= DRAWN + 1])
+def test_tokens_chosen_in_a_recording_are_those_chosen_alone(
+    requests: int, asks: tuple[Ask, ...], recorded: list[tuple[int, bool]]
+) -> None:
+    expect_eager(requests, recorded, asks)
+
+
 def test_control_padded_rows_that_write_are_caught(
-    recorded: list[int], monkeypatch: pytest.MonkeyPatch
+    recorded: list[tuple[int, bool]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Padded rows that store their key and value where a real row has its own."""
-    record = DecodeGraphs._record
-
-    def leaks(self: DecodeGraphs, size: int, context: int) -> None:
-        record(self, size, context)
-        self._ints[2, :size].clamp_(min=0)
-
-    monkeypatch.setattr(DecodeGraphs, "_record", leaks)
+    monkeypatch.setattr(graphs, "_NOWHERE", 0)
     with pytest.raises(MovedError):
         expect_eager(3, recorded)
+    assert recorded
+
+
+@pytest.mark.parametrize("name", ["seed", "position", "temperature"])
+def test_control_sampling_with_the_numbers_of_another_row_is_caught(
+    name: str, recorded: list[tuple[int, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns = sampler.columns
+
+    def turned(rows: Any) -> dict[str, list[float]]:
+        found = columns(rows)
+        return found | {name: [*found[name][1:], found[name][0]]}
+
+    monkeypatch.setattr(sampler, "columns", turned)
+    with pytest.raises(MovedError):
+        expect_eager(3, recorded, UNSEEN)
+    assert recorded
+
+
+def test_control_pending_tokens_of_another_row_are_caught(
+    recorded: list[tuple[int, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = GraphInputs.sources
+
+    def mixed(self: GraphInputs, count: int, pending: Any) -> list[int]:
+        first, *others = pending.values() or [0]
+        return sources(self, count, dict(zip(pending, [*others, first], strict=False)))
+
+    monkeypatch.setattr(GraphInputs, "sources", mixed)
+    with pytest.raises(MovedError):
+        expect_eager(3, recorded, UNSEEN)
     assert recorded
 
 

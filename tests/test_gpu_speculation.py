@@ -11,6 +11,7 @@ import pytest
 
 from isobatch import SamplingParams
 from isobatch.engine.batch import LogitRow
+from isobatch.engine.block_tables import BlockTables
 from isobatch.engine.drafts import Drafter
 from isobatch.engine.engine import Engine
 from isobatch.engine.graphs import DecodeGraphs
@@ -47,9 +48,9 @@ def kinds(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         seen["all"] += any(chunk.drafts for chunk in step.chunks)
         return launch(self, step, before)
 
-    def ran(self: DecodeGraphs, step: ScheduledStep, patch: Any) -> Any:
+    def ran(self: DecodeGraphs, step: ScheduledStep, *rest: Any) -> Any:
         seen["recorded"] += any(chunk.drafts for chunk in step.chunks)
-        return run(self, step, patch)
+        return run(self, step, *rest)
 
     monkeypatch.setattr(Runner, "launch", launched)
     monkeypatch.setattr(DecodeGraphs, "run", ran)
@@ -91,12 +92,12 @@ def test_drafts_that_are_looked_up_are_verified_in_recorded_steps() -> None:
 def test_control_tables_of_other_rows_are_caught(
     kinds: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    again = DecodeGraphs._show_again
+    again = BlockTables.repeat
 
-    def mixed(self: DecodeGraphs, rows: list[int], start: int) -> None:
+    def mixed(self: BlockTables, rows: list[int], start: int) -> None:
         again(self, [(row + 1) % start for row in rows], start)
 
-    monkeypatch.setattr(DecodeGraphs, "_show_again", mixed)
+    monkeypatch.setattr(BlockTables, "repeat", mixed)
     with pytest.raises(MovedError):
         expect_alone(engine(draft_tokens=4), "a fault")
     assert kinds["recorded"]

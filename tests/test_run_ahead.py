@@ -52,6 +52,9 @@ class LateOps(QueuedOps):
         copy = tensor.clone()
         return lambda: copy
 
+    def send(self, numbers: torch.Tensor, to: torch.Tensor) -> None:
+        to.copy_(numbers)
+
     def decode_rows(
         self, lengths: torch.Tensor, tables: torch.Tensor, slots: torch.Tensor, context: int
     ) -> PagedRows:
@@ -69,7 +72,7 @@ def late_world(*, poisoned: bool = False) -> World:
 
 def late(*, poisoned: bool = False, **settings: Any) -> Engine:
     engine = late_world(poisoned=poisoned).engine(**settings)
-    engine._runner._graphs = None
+    engine._runner._decode = None
     return engine
 
 

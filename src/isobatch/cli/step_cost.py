@@ -112,5 +112,13 @@ def _step(
         for row in range(batch)
     ]
     step = ScheduledStep(tuple(chunks), ())
-    logits, rows = graphs.ready(step, None), sampler.sampling_rows(ops, meanings(step))
-    return lambda: ops.sample(logits(), rows)
+    rows = meanings(step)
+    queue, drawn = graphs.ready(step, rows), sampler.sampling_rows(ops, rows)
+
+    def run() -> torch.Tensor:
+        computed = queue()
+        if computed.logits is None:
+            return cast(torch.Tensor, computed.tokens)
+        return cast(torch.Tensor, ops.sample(computed.logits, drawn))
+
+    return run

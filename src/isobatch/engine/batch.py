@@ -46,8 +46,45 @@ def meanings(step: ScheduledStep) -> tuple[LogitRow, ...]:
     return tuple(rows)
 
 
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A step's chunks, end to end, in plain integers.
+
+    Args:
+        token_ids: of T tokens; a PENDING one is 0.
+        positions: of each token in its own sequence.
+        slots: where each token's key and value go.
+        starts: of R chunks each one's first token, and T.
+        lengths: of each chunk the keys that its last token sees.
+        logit_rows: the tokens whose next-token logits are wanted.
+    """
+
+    token_ids: list[int]
+    positions: list[int]
+    slots: list[int]
+    starts: list[int]
+    lengths: list[int]
+    logit_rows: list[int]
+
+
+def packed(step: ScheduledStep, page: int) -> Packed:
+    """Packs a step's chunks, in blocks of `page` tokens."""
+    found = Packed([], [], [], [0], [], [])
+    for chunk in step.chunks:
+        at, table, places = len(found.token_ids), chunk.block_table, range(chunk.start, chunk.end)
+        found.logit_rows.extend(at + position - chunk.start for position in _wanted(chunk))
+        found.token_ids.extend(chunk.token_ids)
+        found.token_ids[-1] = max(0, found.token_ids[-1])
+        found.token_ids.extend(chunk.drafts)
+        found.positions.extend(places)
+        found.slots.extend([table[p // page] * page + p % page for p in places])
+        found.starts.append(len(found.token_ids))
+        found.lengths.append(chunk.end)
+    return found
+
+
 def build_batch(step: ScheduledStep, ops: Ops) -> Batch:
-    """Packs a step's chunks end to end.
+    """A step's batch.
 
     Args:
         step: from the scheduler.
@@ -56,24 +93,12 @@ def build_batch(step: ScheduledStep, ops: Ops) -> Batch:
     Returns:
         The batch; a PENDING token is token 0 in it, until it is written.
     """
-    token_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    starts = [0]
-    page = ops.page
-    logit_rows: list[int] = []
-    for chunk in step.chunks:
-        logit_rows += [len(token_ids) + position - chunk.start for position in _wanted(chunk)]
-        token_ids += chunk.token_ids
-        token_ids[-1] = max(0, token_ids[-1])
-        token_ids += chunk.drafts
-        positions += range(chunk.start, chunk.end)
-        slots += [chunk.block_table[p // page] * page + p % page for p in range(chunk.start, chunk.end)]
-        starts.append(len(token_ids))
+    found = packed(step, ops.page)
     widest = max(len(chunk.block_table) for chunk in step.chunks)
     tables = [[*chunk.block_table, *[0] * (widest - len(chunk.block_table))] for chunk in step.chunks]
-    rows = ops.paged_rows(starts, [chunk.end for chunk in step.chunks], tables, slots)
-    return Batch(ops.tensor(token_ids), ops.tensor(positions), rows, ops.tensor(logit_rows))
+    rows = ops.paged_rows(found.starts, found.lengths, tables, found.slots)
+    token_ids, positions, wanted = map(ops.tensor, (found.token_ids, found.positions, found.logit_rows))
+    return Batch(token_ids, positions, rows, wanted)
 
 
 def _wanted(chunk: Chunk) -> range | tuple[int, ...]:

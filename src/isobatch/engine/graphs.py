@@ -2,8 +2,11 @@
 
 A step of decode launches hundreds of kernels that take microseconds each; queued one by one, the host takes
 longer than the device. Recorded, they are one launch. A recording reads its inputs where they lay when it was
-made. So they lie in buffers that all recordings share, padded to the size of a rung: a padded row has context
-length 0 and no slot, reads nothing, writes nothing, and is dropped before the output projection.
+made. So they lie in memory that all recordings share, padded to the size of a rung: a padded row has context
+length 0 and no slot, reads nothing and writes nothing.
+
+Of few rows the choice of tokens is recorded too, where nobody wants to see their logits. Of many it is not:
+logits of a thousand rows take hundreds of megabytes, and what is queued behind a long step costs little.
 
 A draft is a row like any other, over its sequence's blocks and with a context one longer than that of the
 row before it: in each layer all rows write their keys before any is read. Drafts lie behind all known tokens,
@@ -13,13 +16,19 @@ which so keep their rows, and their block tables, from step to step.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
 
+from isobatch.engine import sampler
+from isobatch.engine.batch import LogitRow
+from isobatch.engine.block_tables import BlockTables
+from isobatch.engine.graph_inputs import TOKENS, Form, GraphInputs, Section
 from isobatch.engine.scheduled import Chunk, ScheduledStep
 from isobatch.kernels.layout import Cache
+from isobatch.kernels.sampling.cpu import SamplingRows
 from isobatch.models.decoder import Decoder
 from isobatch.models.inputs import Batch
 from isobatch.ops.queued import QueuedOps
@@ -28,6 +37,49 @@ _NOWHERE = -1
 # Up to this many rows the choice of attention's member depends on the context: a recording for each doubling.
 _FEW = 16
 _SHORT = 256
+DRAWN = 128
+"""Up to this many rows tokens are chosen in the recording."""
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What a recorded step comes to: one of the two.
+
+    Args:
+        logits: float32 [S, V].
+        tokens: int64 [S], chosen already.
+    """
+
+    logits: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """Tokens that have been sampled on the device and are not known here yet.
+
+    Args:
+        sampled: int64 on the device: all that the step before has sampled.
+        places: for each chunk that ends in such a token, by its number in the step, the place among these.
+    """
+
+    sampled: torch.Tensor
+    places: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """What a recording is made for.
+
+    Args:
+        rows: padded ones included.
+        context: which no row's exceeds.
+        drawn: what `sampler.kind` says of rows whose tokens are chosen in it; None if they are not.
+    """
+
+    rows: int
+    context: int
+    drawn: tuple[bool, bool] | None
 
 
 def ladder(most: int) -> tuple[int, ...]:
@@ -47,6 +99,9 @@ class DecodeGraphs:
         caches: one per layer.
         max_rows: the most rows of a step.
         max_context: the most tokens of a sequence.
+
+    Attributes:
+        tables: the block tables, a row for each row of a step.
     """
 
     def __init__(
@@ -56,13 +111,9 @@ class DecodeGraphs:
         self._rungs = ladder(max_rows)
         self._max_context = max_context
         most = self._rungs[-1]
-        # Token ids, positions, slots.
-        self._ints = ops.tensor([[0] * most, [0] * most, [_NOWHERE] * most])
-        self._lengths = ops.tensor([0] * most, torch.int32)
-        pages = -(-max_context // ops.page)
-        self._tables = torch.zeros(most, pages, dtype=torch.int32, device=ops.device)
-        self._shown: list[tuple[int, ...]] = [()] * most
-        self._recorded: dict[tuple[int, int], tuple[Callable[[], object], torch.Tensor]] = {}
+        self.tables = BlockTables(ops, most, -(-max_context // ops.page))
+        self._inputs = GraphInputs(ops, most, [_form(most), _form(min(most, DRAWN), drawn=True)])
+        self._recorded: dict[_Size, tuple[Callable[[], object], torch.Tensor]] = {}
 
     def fits(self, step: ScheduledStep) -> bool:
         """Whether the step is all decode: one token of each sequence, whose logits are wanted, and drafts."""
@@ -71,60 +122,72 @@ class DecodeGraphs:
             for chunk in step.chunks
         )
 
-    def run(self, step: ScheduledStep, patch: Callable[[torch.Tensor], object] | None) -> torch.Tensor:
+    def run(self, step: ScheduledStep, rows: Sequence[LogitRow], pending: Pending | None = None) -> Computed:
         """Queues a step that fits.
 
         Args:
             step: the plan.
-            patch: writes pending tokens into the token ids, or None.
+            rows: what its rows of logits are for.
+            pending: tokens of it that are not known here yet.
 
         Returns:
-            Logits, float32 [R, V], a sequence's drafts behind its token. Their projection is not recorded:
-            each recording would keep its own, and those of a thousand rows take hundreds of megabytes.
+            What it comes to, a sequence's drafts behind its token. It lasts until the next step is queued.
         """
-        return self.ready(step, patch)()
+        return self.ready(step, rows, pending)()
 
     def ready(
-        self, step: ScheduledStep, patch: Callable[[torch.Tensor], object] | None
-    ) -> Callable[[], torch.Tensor]:
+        self, step: ScheduledStep, rows: Sequence[LogitRow], pending: Pending | None = None
+    ) -> Callable[[], Computed]:
         """Brings what a step that fits reads to where its recording looks for it.
 
-        Args:
-            step: the plan.
-            patch: as of `run`.
+        Args: as of `run`.
 
         Returns:
-            What queues the step, and gives its logits; again and again, until another step is made ready.
+            What queues the step; again and again, until another step is made ready.
         """
-        ops, chunks, page = self._ops, step.chunks, self._ops.page
+        chunks, page = step.chunks, self._ops.page
         # Of each draft the chunk; of each row the chunk's table, and the position.
         owners = [at for at, chunk in enumerate(chunks) for _ in chunk.drafts]
-        rows = [(chunk.block_table, chunk.start) for chunk in chunks]
-        rows += [(c.block_table, p) for c in chunks if c.drafts for p in range(c.stop, c.end)]
-        size = self._rungs[bisect_left(self._rungs, len(rows))]
-        spare = size - len(rows)
-        positions = [position for _, position in rows]
-        slots = [table[position // page] * page + position % page for table, position in rows]
+        places = [(chunk.block_table, chunk.start) for chunk in chunks]
+        places += [(c.block_table, p) for c in chunks if c.drafts for p in range(c.stop, c.end)]
+        count = len(places)
+        size = self._size(count, max(position for _, position in places) + 1, rows)
+        form, recorded = _form(size.rows, drawn=size.drawn is not None), self._recording(size)
         tokens = [max(0, chunk.token_ids[0]) for chunk in chunks]
-        tokens += chain.from_iterable(chunk.drafts for chunk in chunks)
-        ints = [[*tokens, *[0] * spare], [*positions, *[0] * spare], [*slots, *[_NOWHERE] * spare]]
-        self._ints[:, :size].copy_(ops.tensor(ints))
-        self._lengths[:size].copy_(ops.tensor([*(p + 1 for p in positions), *[0] * spare], torch.int32))
-        self._show([chunk.block_table for chunk in chunks])
-        self._show_again(owners, len(chunks))
-        if patch is not None:
-            patch(self._ints[0])
-        key = size, self._bound(size, max(positions) + 1)
-        if key not in self._recorded:
-            self._record(*key)
-        replay, hidden = self._recorded[key]
-        order = self._order(chunks) if owners else slice(len(rows))
+        numbers: dict[str, Sequence[float]] = {
+            TOKENS: [*tokens, *chain.from_iterable(chunk.drafts for chunk in chunks)],
+            "sources": self._inputs.sources(size.rows, {} if pending is None else pending.places),
+            "positions": [position for _, position in places],
+            "slots": [table[position // page] * page + position % page for table, position in places],
+            "lengths": [position + 1 for _, position in places],
+        }
+        if size.drawn is not None:
+            numbers |= sampler.columns(rows)
+        self._inputs.send(form, numbers)
+        self.tables.show([chunk.block_table for chunk in chunks])
+        self.tables.repeat(owners, len(chunks))
+        if pending is not None:
+            self._inputs.take(pending.sampled)
+        replay, result = recorded
+        order = self._order(chunks) if owners else slice(count)
 
-        def queue() -> torch.Tensor:
+        def queue() -> Computed:
             replay()
-            return self._decoder.logits(hidden[order])
+            if size.drawn is not None:
+                return Computed(tokens=result[:count])
+            return Computed(logits=self._decoder.logits(result[order]))
 
         return queue
+
+    def _size(self, rows: int, context: int, meanings: Sequence[LogitRow]) -> _Size:
+        """The recording for a step of so many rows, whose contexts are at most `context`."""
+        rung = self._rungs[bisect_left(self._rungs, rows)]
+        if context <= _SHORT:
+            bound = _SHORT
+        else:
+            bound = 1 << (context - 1).bit_length() if rung <= _FEW else self._max_context
+        drawn = rung <= DRAWN and not any(map(sampler.needs_logits, meanings))
+        return _Size(rung, min(bound, self._max_context), sampler.kind(meanings) if drawn else None)
 
     def _order(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """The rows, each sequence's drafts behind its token."""
@@ -134,48 +197,42 @@ class DecodeGraphs:
             behind += len(chunk.drafts)
         return self._ops.tensor(order)
 
-    def _bound(self, size: int, context: int) -> int:
-        """The context that a recording is made for, which covers this one."""
-        if context <= _SHORT:
-            return min(_SHORT, self._max_context)
-        return min(1 << (context - 1).bit_length(), self._max_context) if size <= _FEW else self._max_context
+    def _recording(self, size: _Size) -> tuple[Callable[[], object], torch.Tensor]:
+        if size not in self._recorded:
+            self._recorded[size] = self._record(size)
+        return self._recorded[size]
 
-    def _show(self, tables: list[tuple[int, ...]]) -> None:
-        """Brings the block tables on the device up to date: most steps add a block to few rows."""
-        width, places, blocks = self._tables.shape[1], [], []
-        changed = [row for row, table in enumerate(tables) if self._shown[row] != table]
-        for row in changed:
-            shown, table = self._shown[row], tables[row]
-            same = len(shown) if table[: len(shown)] == shown else 0
-            places.append(range(row * width + same, row * width + len(table)))
-            blocks.append(table[same:])
-            # An exception may come before the write is queued: until then nothing counts as shown.
-            self._shown[row] = ()
-        if changed:
-            at, values = self._ops.tensor([[*chain.from_iterable(places)], [*chain.from_iterable(blocks)]])
-            self._tables.view(-1).index_copy_(0, at, values.int())
-        for row in changed:
-            self._shown[row] = tables[row]
+    def _record(self, size: _Size) -> tuple[Callable[[], object], torch.Tensor]:
+        ops, form = self._ops, _form(size.rows, drawn=size.drawn is not None)
+        # The run that goes before the recording is of padded rows alone: it writes nothing.
+        self._inputs.send(form, {"sources": self._inputs.sources(size.rows, {})})
+        at = self._inputs.views(form)
+        tables = self.tables.tensor[: size.rows]
+        rows = ops.decode_rows(at["lengths"], tables, at["slots"], size.context)
 
-    def _show_again(self, rows: list[int], start: int) -> None:
-        """Copies the tables of rows, which are up to date, to the rows from `start` on."""
-        if rows:
-            shown = slice(start, start + len(rows))
-            self._shown[shown] = [()] * len(rows)
-            self._tables[shown] = self._tables[self._ops.tensor(rows)]
-            self._shown[shown] = [self._shown[row] for row in rows]
+        def work() -> torch.Tensor:
+            batch = Batch(self._inputs.tokens(at["sources"]), at["positions"], rows, None)
+            hidden = self._decoder.hidden(batch, self._caches)
+            if size.drawn is None:
+                return hidden
+            greedy, unfiltered = size.drawn
+            parameters = {name: at[name] for name in sampler.COLUMNS}
+            drawn = SamplingRows(**parameters, greedy=greedy, unfiltered=unfiltered)
+            return ops.sample(self._decoder.logits(hidden), drawn)
 
-    def _record(self, size: int, context: int) -> None:
-        """Records a step of `size` rows, whose contexts are at most `context`."""
-        ops = self._ops
-        token_ids, positions, slots = self._ints[:, :size]
-        everyone = ops.tensor(list(range(size)))
-        rows = ops.decode_rows(self._lengths[:size], self._tables[:size], slots, context)
-        batch = Batch(token_ids, positions, rows, everyone)
-        # The run that goes before the recording is of padded rows alone: no key is written twice.
-        lengths, places = self._lengths[:size].clone(), slots.clone()
-        self._lengths[:size].zero_()
-        slots.fill_(_NOWHERE)
-        self._recorded[size, context] = ops.recorded(lambda: self._decoder.hidden(batch, self._caches))
-        self._lengths[:size].copy_(lengths)
-        slots.copy_(places)
+        return ops.recorded(work)
+
+
+def _form(rows: int, *, drawn: bool = False) -> Form:
+    """What a recording of so many rows reads."""
+    whole = Section(torch.int64, rows)
+    form = {
+        TOKENS: whole,
+        "sources": whole,
+        "positions": whole,
+        "slots": Section(torch.int64, rows, fill=_NOWHERE),
+        "lengths": Section(torch.int32, rows),
+    }
+    if drawn:
+        form |= {name: Section(dtype, rows) for name, dtype in sampler.COLUMNS.items()}
+    return form

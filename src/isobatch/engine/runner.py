@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 from isobatch.engine import sampler
 from isobatch.engine.batch import LogitRow, build_batch, meanings
-from isobatch.engine.graphs import DecodeGraphs
+from isobatch.engine.chunk_graphs import ChunkGraphs
+from isobatch.engine.graphs import Computed, DecodeGraphs, Pending
 from isobatch.engine.output import TokenLogProbs
 from isobatch.engine.receipt import row_digests
 from isobatch.engine.request import PENDING
@@ -22,7 +24,6 @@ from isobatch.engine.scheduled import ScheduledStep
 from isobatch.errors import IntegrityError
 from isobatch.kernels.layout import Cache
 from isobatch.models.decoder import Decoder
-from isobatch.ops import Ops
 from isobatch.ops.queued import QueuedOps
 
 
@@ -79,9 +80,12 @@ class Runner:
         self._decoder = decoder
         self._caches = caches
         ops = decoder.ops
-        self._graphs = (
-            DecodeGraphs(decoder, ops, caches, max_rows, max_context) if isinstance(ops, QueuedOps) else None
-        )
+        self._decode: DecodeGraphs | None = None
+        self._chunks: ChunkGraphs | None = None
+        if isinstance(ops, QueuedOps):
+            self._decode = DecodeGraphs(decoder, ops, caches, max_rows, max_context)
+            if (tiling := ops.tiling) is not None:
+                self._chunks = ChunkGraphs(decoder, ops, tiling, caches, self._decode.tables, max_rows)
 
     def launch(self, step: ScheduledStep, before: Flight | None = None) -> Flight:
         """Queues a step.
@@ -99,24 +103,30 @@ class Runner:
         Determinism:
             Results depend on each sequence's own tokens, parameters and seed.
         """
-        patch = _patch(self._decoder.ops, step, before)
-        rows = meanings(step)
-        # A replay calls no op, and observers are to see each call.
-        if self._graphs is not None and not self._decoder.ops.watched and self._graphs.fits(step):
-            logits = self._graphs.run(step, patch)
-        else:
-            batch = build_batch(step, self._decoder.ops)
-            if patch is not None:
-                patch(batch.token_ids)
-            logits = self._decoder(batch, self._caches)
-        return self._read(step, rows, logits)
+        pending, rows = _pending(step, before), meanings(step)
+        return self._read(step, rows, self._compute(step, rows, pending))
 
-    def _read(self, step: ScheduledStep, rows: tuple[LogitRow, ...], logits: torch.Tensor) -> Flight:
-        """Queues all that is to be known of the logits."""
+    def _compute(self, step: ScheduledStep, rows: tuple[LogitRow, ...], pending: Pending | None) -> Computed:
+        ops = self._decoder.ops
+        if not ops.watched:  # a replay calls no op, and observers are to see each call
+            if self._decode is not None and self._decode.fits(step):
+                return self._decode.run(step, rows, pending)
+            if self._chunks is not None and (computed := self._chunks.run(step, pending)) is not None:
+                return computed
+        batch = build_batch(step, ops)
+        if pending is not None:
+            ends = list(accumulate(chunk.end - chunk.start for chunk in step.chunks))
+            at, places = ops.tensor([[ends[i] - 1 for i in pending.places], [*pending.places.values()]])
+            # -1 stands for a row that was refused: its request fails when that is read, any token will do.
+            batch.token_ids.index_copy_(0, at, pending.sampled.index_select(0, places).clamp(min=0))
+        return Computed(logits=self._decoder(batch, self._caches))
+
+    def _read(self, step: ScheduledStep, rows: tuple[LogitRow, ...], computed: Computed) -> Flight:
+        """Queues all that is to be known of the logits, if tokens are not all, and are there already."""
         ops = self._decoder.ops
         sampling = [i for i, row in enumerate(rows) if row.samples]
-        tokens = None
-        if sampling:
+        tokens, logits = computed.tokens, computed.logits
+        if logits is not None and sampling:
             tokens = sampler.draw(ops, _rows(logits, sampling), [rows[i] for i in sampling])
         arrived = None if tokens is None else ops.fetch(tokens)
         known = [-1 if row.samples else row.sequence.prompt_ids[row.position] for row in rows]
@@ -126,7 +136,7 @@ class Runner:
         ]
         wanted = [i for i, count in enumerate(counts) if count is not None]
         entries: Callable[[], list[TokenLogProbs]] = list
-        if wanted:
+        if logits is not None and wanted:
             chosen = ops.tensor(known)
             if tokens is not None:
                 # A row that was refused has no token; what is said of token 0 instead, nobody will read.
@@ -134,7 +144,9 @@ class Runner:
             asked = [counts[i] or 0 for i in wanted]
             entries = sampler.log_probs(ops, _rows(logits, wanted), _rows(chosen, wanted), asked)
         receipted = [i for i in sampling if rows[i].sequence.params.receipt]
-        digested = ops.fetch(_rows(logits, receipted)) if receipted else None
+        digested = None
+        if logits is not None and receipted:
+            digested = ops.fetch(_rows(logits, receipted))
 
         def results() -> list[Result]:
             if arrived is not None:
@@ -152,23 +164,16 @@ def _rows(tensor: torch.Tensor, at: list[int]) -> torch.Tensor:
     return tensor if len(at) == len(tensor) else tensor[at]
 
 
-def _patch(ops: Ops, step: ScheduledStep, before: Flight | None) -> Callable[[torch.Tensor], object] | None:
-    """What writes pending tokens into the token ids of a step; None if none are pending."""
-    ends, sources, at = [], [], 0
-    places = None
-    for chunk in step.chunks:
-        at += len(chunk.token_ids)
-        if chunk.token_ids[-1] != PENDING:
-            continue
-        if places is None:
-            places = {} if before is None else before.sampled()
-        if chunk.sequence.id not in places:
-            raise IntegrityError(f"sequence {chunk.sequence.id} has a pending token that nobody samples")
-        ends.append(at - 1)
-        sources.append(places[chunk.sequence.id])
-    if not ends or before is None or before.tokens is None:
+def _pending(step: ScheduledStep, before: Flight | None) -> Pending | None:
+    """The chunks of a step that end in a token which nobody has seen yet; None if there are none."""
+    waiting = {
+        at: chunk.sequence.id for at, chunk in enumerate(step.chunks) if chunk.token_ids[-1] == PENDING
+    }
+    if not waiting:
         return None
-    places_in_step, places_in_tokens = ops.tensor([ends, sources])
-    # -1 stands for a row that was refused: its request fails when that is read, and any token will do.
-    tokens = before.tokens.index_select(0, places_in_tokens).clamp(min=0)
-    return lambda token_ids: token_ids.index_copy_(0, places_in_step, tokens)
+    if before is None or before.tokens is None:
+        raise IntegrityError("tokens are pending that no step samples")
+    known = before.sampled()
+    if strange := set(waiting.values()) - set(known):
+        raise IntegrityError(f"sequences {sorted(strange)} have a pending token that nobody samples")
+    return Pending(before.tokens, {at: known[number] for at, number in waiting.items()})

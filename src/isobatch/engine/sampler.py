@@ -47,30 +47,54 @@ def draw(ops: Ops, logits: torch.Tensor, drawn: Rows[LogitRow]) -> torch.Tensor:
     return ops.sample(logits, sampling_rows(ops, drawn))
 
 
+def needs_logits(row: LogitRow) -> bool:
+    """Whether anything but the choice of a token depends on the row of logits, or the choice on more."""
+    p = row.sequence.params
+    return p.logprobs is not None or p.receipt or bool(row.drafts) or needs_history(row.sequence)
+
+
+COLUMNS = {
+    "temperature": torch.float32,
+    "top_p": torch.float32,
+    "min_p": torch.float32,
+    "top_k": torch.int64,
+    "seed": torch.int64,
+    "position": torch.int64,
+}
+"""The tensors of `SamplingRows`."""
+
+
+def columns(drawn: Rows[LogitRow]) -> dict[str, list[float]]:
+    """The numbers in them."""
+    params = [row.sequence.params for row in drawn]
+    return {
+        "temperature": [p.temperature for p in params],
+        "top_p": [p.top_p for p in params],
+        "min_p": [p.min_p for p in params],
+        "top_k": [p.top_k for p in params],
+        "seed": [_signed(row.sequence.seed) for row in drawn],
+        "position": [row.position for row in drawn],
+    }
+
+
+def kind(drawn: Rows[LogitRow]) -> tuple[bool, bool]:
+    """Whether all rows are greedy, and whether none is filtered: what `SamplingRows` wants to know."""
+    params = [row.sequence.params for row in drawn]
+    return all(p.temperature == 0 for p in params), all(p.top_k == 0 and p.top_p == 1 for p in params)
+
+
 def sampling_rows(ops: Ops, drawn: Rows[LogitRow]) -> SamplingRows:
     """What the choice of each row's token depends on, beside the logits and what came before."""
-    params = [row.sequence.params for row in drawn]
     # Two uploads rather than six: on a GPU each takes longer than choosing the token does. Each row begins at
     # 16 bytes, for which the kernels are compiled.
-    S, spare = len(drawn), [0] * (-len(drawn) % 4)
-    numbers = [[p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]]
-    counts = [
-        [p.top_k for p in params],
-        [_signed(row.sequence.seed) for row in drawn],
-        [row.position for row in drawn],
-    ]
-    temperature, top_p, min_p = ops.tensor([[*row, *spare] for row in numbers], torch.float32)[:, :S]
-    top_k, seed, position = ops.tensor([[*row, *spare] for row in counts])[:, :S]
-    return SamplingRows(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        position=position,
-        greedy=all(p.temperature == 0 for p in params),
-        unfiltered=all(p.top_k == 0 and p.top_p == 1 for p in params),
-    )
+    S, spare, found = len(drawn), [0] * (-len(drawn) % 4), columns(drawn)
+    parts: dict[str, torch.Tensor] = {}
+    for dtype in (torch.float32, torch.int64):
+        names = [name for name in COLUMNS if COLUMNS[name] == dtype]
+        sent = ops.tensor([[*found[name], *spare] for name in names], dtype)[:, :S]
+        parts |= dict(zip(names, sent, strict=True))
+    greedy, unfiltered = kind(drawn)
+    return SamplingRows(**parts, greedy=greedy, unfiltered=unfiltered)
 
 
 def log_probs(

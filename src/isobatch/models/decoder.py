@@ -69,7 +69,8 @@ class Decoder:
             x, residual = ops.rms_norm(x, norm.weight, norm.eps, residual)
             x = layer.mlp(ops, x)
         # Only rows that sample go further: the output projection is the widest of all.
-        x, residual = x[batch.logit_rows], residual[batch.logit_rows] if residual is not None else None
+        if (wanted := batch.logit_rows) is not None:
+            x, residual = x[wanted], residual[wanted] if residual is not None else None
         x, _ = ops.rms_norm(x, self.final_norm.weight, self.final_norm.eps, residual)
         return x
 

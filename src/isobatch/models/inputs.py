@@ -17,10 +17,10 @@ class Batch:
         token_ids: int64 [T].
         positions: int64 [T], each token's place in its own request, from 0.
         rows: whose tokens these are, and where their keys and values lie.
-        logit_rows: int64 [S], the tokens whose next-token logits are wanted.
+        logit_rows: int64 [S], the tokens whose next-token logits are wanted; None for all of them.
     """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
     rows: PagedRows
-    logit_rows: torch.Tensor
+    logit_rows: torch.Tensor | None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from isobatch.kernels.attention.gpu_record import certify_library
-from isobatch.kernels.attention.gpu_serve import Attention
+from isobatch.kernels.attention.gpu_serve import Attention, Tiling
 from isobatch.kernels.gpu.catalogue import GPU_RECORDS
 from isobatch.kernels.gpu.data import SHORT
 from isobatch.kernels.gpu.device import INTERPRETED, architecture, device
@@ -41,6 +41,7 @@ class GpuOps(CudaOps):
         require_dtype(dtype)
         library = not INTERPRETED and certify_library(*heads, dtype).member
         super().__init__("isobatch", _table(Attention(library=library)), gpu_layout(dtype), dtype)
+        self.tiling = Tiling(*heads)
 
 
 def _table(attention: Attention) -> dict[str, Callable[..., Any]]:

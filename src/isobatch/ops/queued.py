@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
@@ -11,8 +12,56 @@ from isobatch.kernels.layout import PagedRows
 from isobatch.ops.ops import Ops
 
 
+class Tiling(Protocol):
+    """How requests of any number of queries are laid out for kernels that read all lengths on the device."""
+
+    def cut(self, queries: Sequence[int], contexts: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Cuts requests into tiles of query rows.
+
+        Args:
+            queries: of each request.
+            contexts: of each request, its queries' own keys included.
+
+        Returns:
+            For each tile the request, and where in it the tile begins.
+        """
+
+    def rows(
+        self,
+        starts: torch.Tensor,
+        lengths: torch.Tensor,
+        tables: torch.Tensor,
+        slots: torch.Tensor,
+        tiles: torch.Tensor,
+    ) -> PagedRows:
+        """Rows of requests, all of which is read where it lies when kernels run.
+
+        Args:
+            starts: int32 [R + 1]; a request that ends where it starts, or before, is not there.
+            lengths: int32 [R].
+            tables: int32 [R, pages].
+            slots: int64 [T], -1 for a padded row.
+            tiles: int32 [2, tiles], as `cut` gives them; to spare ones belongs a request that is not there.
+        """
+
+
 class QueuedOps(Ops, ABC):
-    """What an engine needs to keep a queue filled."""
+    """What an engine needs to keep a queue filled.
+
+    Attributes:
+        tiling: for steps of chunks that are to be recorded; None if these kernels cannot be.
+    """
+
+    tiling: Tiling | None = None
+
+    @abstractmethod
+    def send(self, numbers: torch.Tensor, to: torch.Tensor) -> None:
+        """Queues a copy from the host; nobody may change the numbers any more.
+
+        Args:
+            numbers: on the CPU.
+            to: alike, on the device.
+        """
 
     @abstractmethod
     def decode_rows(

@@ -15,7 +15,7 @@ import torch
 from isobatch.errors import IsobatchError
 from isobatch.kernels.attention import stock, triton
 from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
-from isobatch.kernels.attention.gpu_serve import Attention, serve
+from isobatch.kernels.attention.gpu_serve import Attention, Tiling, serve
 from isobatch.kernels.attention.record import AttentionCase
 from isobatch.kernels.attention.triton import Tile, attention_row, attention_tiled, write_kv
 from isobatch.kernels.bitclass import Verdict, certify
@@ -130,6 +130,15 @@ def _tiled(tile: Tile) -> Any:
     return run
 
 
+def _listed(q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float) -> torch.Tensor:
+    """As a recording has it: one more request, which has no queries, and a tile of it."""
+    tiling, nobody = Tiling(q.shape[1], cache.k.shape[1], q.shape[2]), len(rows.queries)
+    requests, firsts = tiling.cut(rows.queries, rows.contexts)
+    tiles = GpuPagedRows.upload([[*requests, nobody], [*firsts, 0]])
+    starts, lengths = (torch.cat((t, t.new_zeros(1))) for t in (rows.query_starts, rows.context_lengths))
+    return serve(q, cache, tiling.rows(starts, lengths, rows.block_tables, rows.slots, tiles), scale)
+
+
 ATTENTION_GPU = OpRecord(
     name="attention",
     order=triton.__doc__ or "",
@@ -141,6 +150,7 @@ ATTENTION_GPU = OpRecord(
         Member("tiles", Attention(decode="tiles", chunk="tiles"), GPU_ATTENTION),
         Member("down, gathered", Attention(decode="down", chunk="gathered"), GPU_ATTENTION),
         Member("phases", Attention(decode="phases"), GPU_ATTENTION),
+        Member("listed", _listed, GPU_ATTENTION),
         Member("serve", serve, GPU_ATTENTION),
     ),
     production="serve",

@@ -18,7 +18,7 @@ certified.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TypeVar
@@ -53,6 +53,31 @@ class GpuKVCache:
         """Uninitialised memory: nothing that was not written for the same request enters a sum."""
         shape = (blocks, kv_heads, PAGE, head_size)
         return cls(*(torch.empty(shape, dtype=dtype, device=device()) for _ in "kv"))
+
+
+def cut(
+    queries: Sequence[int], contexts: Sequence[int], chosen: Sequence[int], per_query: int, height: int
+) -> tuple[list[int], list[int]]:
+    """Cuts requests into tiles of query rows, those with the most keys first.
+
+    Args:
+        queries: of each request.
+        contexts: of each request, its queries' own keys included.
+        chosen: the requests.
+        per_query: rows that one query makes: the heads that are packed into a tile, or 1.
+        height: rows of a tile.
+
+    Returns:
+        For each tile the request, and the tile's first row within it.
+    """
+    tiles = []
+    for r in chosen:
+        before = contexts[r] - queries[r]
+        for first in range(0, queries[r] * per_query, height):
+            last = min(first + height, queries[r] * per_query) - 1
+            tiles.append((-(before + last // per_query), r, first))
+    tiles.sort()
+    return [r for _, r, _ in tiles], [first for _, _, first in tiles]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,26 +122,10 @@ class GpuPagedRows(PagedRows):
         return self.once(("requests", chosen), lambda: self.upload(chosen))
 
     def tiles(self, chosen: tuple[int, ...], per_query: int, height: int) -> torch.Tensor:
-        """Cuts requests into tiles, those with the most keys first.
-
-        Args:
-            chosen: the requests.
-            per_query: rows that one query makes: the heads that are packed into a tile, or 1.
-            height: rows of a tile.
-
-        Returns:
-            int32 [2, tiles] on the device: the request, and the tile's first row within it.
-        """
+        """The tiles of `cut`, int32 [2, tiles] on the device."""
 
         def make() -> torch.Tensor:
-            cut = []
-            for r in chosen:
-                before = self.contexts[r] - self.queries[r]
-                for first in range(0, self.queries[r] * per_query, height):
-                    last = min(first + height, self.queries[r] * per_query) - 1
-                    cut.append((-(before + last // per_query), r, first))
-            cut.sort()
-            return self.upload([[r for _, r, _ in cut], [first for _, _, first in cut]])
+            return self.upload(cut(self.queries, self.contexts, chosen, per_query, height))
 
         return self.once((chosen, per_query, height), make)
 
@@ -127,3 +136,15 @@ class GpuPagedRows(PagedRows):
         return torch.tensor(numbers, dtype=torch.int32, device="cpu", pin_memory=pinned).to(
             device(), non_blocking=True
         )
+
+
+@dataclass(frozen=True, slots=True)
+class TiledRows(PagedRows):
+    """Requests of any number of queries, cut into tiles already. All is read when kernels run, so that a
+    recording serves every step that has no more rows, and no more tiles, than it was made for.
+
+    Args:
+        tiles: int32 [2, tiles], as `cut` gives them. A request without queries makes a tile that is inert.
+    """
+
+    tiles: torch.Tensor

@@ -15,6 +15,7 @@ Chunks, by queries:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,8 +23,8 @@ import torch
 
 from isobatch.kernels.attention.cudnn import attention_cudnn
 from isobatch.kernels.attention.gather import gather
-from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
-from isobatch.kernels.attention.triton import Tile, attention_contiguous, attention_tiled
+from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows, TiledRows, cut
+from isobatch.kernels.attention.triton import Tile, attention_contiguous, attention_listed, attention_tiled
 from isobatch.kernels.attention.triton_decode import Down, attention_down
 from isobatch.kernels.attention.triton_phases import Phases, attention_phases
 from isobatch.kernels.gpu.device import multiprocessors
@@ -36,6 +37,42 @@ _PHASES_PROGRAMS = 32
 
 Decode = Literal["tiles", "down", "phases"]
 Chunk = Literal["tiles", "gathered", "library"]
+
+
+def _small(head_size: int) -> Tile:
+    """The member for tiles of few rows, and for those that a recording reads."""
+    return Tile(64, 8, 1, packed=True) if head_size > _WIDE else Tile(64, 4, 2, packed=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How a recording's requests, chunks and single queries alike, are cut and laid out.
+
+    Args:
+        heads: of the model.
+        kv_heads: key/value heads.
+        head_size: D.
+    """
+
+    heads: int
+    kv_heads: int
+    head_size: int
+
+    def cut(self, queries: Sequence[int], contexts: Sequence[int]) -> tuple[list[int], list[int]]:
+        """For each tile the request, and the tile's first row within it."""
+        everyone, height = range(len(queries)), _small(self.head_size).rows
+        return cut(queries, contexts, everyone, self.heads // self.kv_heads, height)
+
+    def rows(
+        self,
+        starts: torch.Tensor,
+        lengths: torch.Tensor,
+        tables: torch.Tensor,
+        slots: torch.Tensor,
+        tiles: torch.Tensor,
+    ) -> TiledRows:
+        """Rows whose tiles are read from the device; see `ops.queued.Tiling`."""
+        return TiledRows(starts, lengths, tables, slots, tiles)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +93,7 @@ class Attention:
         self,
         q: torch.Tensor,
         cache: GpuKVCache,
-        rows: GpuPagedRows,
+        rows: GpuPagedRows | TiledRows,
         scale: float,
         key: torch.Tensor | None = None,
         value: torch.Tensor | None = None,
@@ -66,7 +103,7 @@ class Attention:
         Args:
             q: bf16 or fp16 [T, H, D], on the device, D contiguous.
             cache: of the layer, with this step's own keys and values already written.
-            rows: whose queries these are.
+            rows: whose queries these are. Tiles that are cut already are of `Tiling`'s.
             scale: of the scores, positive.
             key: the step's own keys [T, Hkv, D], which spare a copy out of the cache for fresh prompts; or
                 None.
@@ -78,6 +115,8 @@ class Attention:
         Determinism:
             Row t depends on its query and on its request's keys and values up to its position.
         """
+        if isinstance(rows, TiledRows):
+            return attention_listed(q, cache, rows, scale, tile=_small(cache.k.shape[3]))
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if rows.decodes:
             self._decode(q, cache, rows, scale, out)
@@ -137,8 +176,7 @@ class Attention:
         wide = cache.k.shape[3] > _WIDE
         if member == "tiles":
             rows_of_q = max(rows.queries[r] for r in chosen) * (q.shape[1] // cache.k.shape[1])
-            small = Tile(64, 8, 1, packed=True) if wide else Tile(64, 4, 2, packed=True)
-            tile = small if wide or rows_of_q <= 64 else Tile(128, 8, 3, packed=True)
+            tile = _small(cache.k.shape[3]) if wide or rows_of_q <= 64 else Tile(128, 8, 3, packed=True)
             attention_tiled(q, cache, rows, scale, tile=tile, chosen=chosen, out=out)
             return
         fresh = all(rows.queries[r] == rows.contexts[r] for r in chosen)

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
+from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows, TiledRows
 from isobatch.kernels.attention.launch import begin, exponent_scale
 from isobatch.kernels.attention.triton_steps import (
     PAGE,
@@ -238,6 +238,23 @@ def attention_tiled(
     return out
 
 
+def attention_listed(
+    q: torch.Tensor, cache: GpuKVCache, rows: TiledRows, scale: float, *, tile: Tile
+) -> torch.Tensor:
+    """The same over tiles that are cut already, by a packed member.
+
+    Returns:
+        Like q, contiguous. What belongs to no tile is anything.
+
+    Determinism:
+        As `attention_tiled`, bit for bit.
+    """
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    tables, items = rows.block_tables, rows.tiles.shape[1]
+    _launch_items(q, cache.k, cache.v, rows, tables, scale, tile, None, rows.tiles, items, out)
+    return out
+
+
 def attention_contiguous(
     q: torch.Tensor,
     key: torch.Tensor,
@@ -286,18 +303,38 @@ def _launch(
     chosen: tuple[int, ...],
     out: torch.Tensor,
 ) -> None:
+    height = tile.height or tile.rows
+    G = q.shape[1] // k.shape[1]
+    single = tile.packed and all(rows.queries[r] == 1 for r in chosen)
+    if single:
+        items = len(chosen) * -(-G // height)
+        _launch_items(q, k, v, rows, tables, scale, tile, rows.requests(chosen), None, items, out)
+    else:
+        tiles = rows.tiles(chosen, G if tile.packed else 1, height)
+        _launch_items(q, k, v, rows, tables, scale, tile, None, tiles, tiles.shape[1], out)
+
+
+def _launch_items(
+    q: torch.Tensor,
+    k: torch.Tensor | TensorDescriptor,
+    v: torch.Tensor | TensorDescriptor,
+    rows: PagedRows,
+    tables: torch.Tensor,
+    scale: float,
+    tile: Tile,
+    requests: torch.Tensor | None,
+    tiles: torch.Tensor | None,
+    items: int,
+    out: torch.Tensor,
+) -> None:
+    """Tiles from a list, or those of requests with one query."""
+    if not items:
+        return
     H, D = q.shape[1:]
     paged = isinstance(k, torch.Tensor)
     G = H // k.shape[1]
     height = tile.height or tile.rows
-    single = tile.packed and all(rows.queries[r] == 1 for r in chosen)
-    if single:
-        requests, tiles, items = rows.requests(chosen), None, len(chosen) * -(-G // height)
-    else:
-        requests, tiles = None, rows.tiles(chosen, G if tile.packed else 1, height)
-        items = tiles.shape[1]
-    if not items:
-        return
+    single = tiles is None
     meet = not single and height > (G if tile.packed else 1)
     _attention_kernel[(H // G if tile.packed else H, items)](
         q, k, v, out, rows.query_starts, rows.context_lengths, tables, requests, tiles,

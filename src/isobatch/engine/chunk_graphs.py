@@ -1,0 +1,140 @@
+"""Small steps with chunks in them as CUDA graphs: a prompt, or the rest of one, among sequences that decode.
+
+A step of a few hundred tokens takes the device less than it takes the host to queue it, so that every prompt
+that arrives would hold up all who decode. It is recorded like a step of decode (`engine/graphs.py`), for
+sizes further apart: so many tokens, so many tiles of attention's. How the tokens are shared out among
+sequences is read from the device, so that one recording serves any mixture. Long steps are queued as ever:
+there the device has more to do than the host.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+
+import torch
+
+from isobatch.engine.batch import packed
+from isobatch.engine.block_tables import BlockTables
+from isobatch.engine.graph_inputs import TOKENS, Form, GraphInputs, Section
+from isobatch.engine.graphs import Computed, Pending
+from isobatch.engine.scheduled import ScheduledStep
+from isobatch.kernels.layout import Cache
+from isobatch.models.decoder import Decoder
+from isobatch.models.inputs import Batch
+from isobatch.ops.queued import QueuedOps, Tiling
+
+_NOWHERE = -1
+_RUNGS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
+_LEAST_TILES = 16
+
+_Size = tuple[int, int]
+"""Tokens and tiles, padded ones included."""
+
+
+class ChunkGraphs:
+    """The recordings. A size is recorded when it comes for the second time: many come once.
+
+    Args:
+        decoder: the model.
+        ops: its own.
+        tiling: of these ops.
+        caches: one per layer.
+        tables: the block tables, shared with the recordings of decode.
+        max_sequences: the most sequences of a step.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        ops: QueuedOps,
+        tiling: Tiling,
+        caches: Sequence[Cache],
+        tables: BlockTables,
+        max_sequences: int,
+    ) -> None:
+        self._decoder, self._ops, self._caches, self._tables = decoder, ops, caches, tables
+        self._tiling = tiling
+        # A tile begins with a query of its own.
+        self._inputs = GraphInputs(ops, max_sequences, [_form((_RUNGS[-1], _RUNGS[-1]))])
+        self._seen: set[_Size] = set()
+        self._recorded: dict[_Size, tuple[Callable[[], object], torch.Tensor]] = {}
+
+    def run(self, step: ScheduledStep, pending: Pending | None = None) -> Computed | None:
+        """Queues a step, if it is small enough, and its size has come before.
+
+        Args:
+            step: the plan.
+            pending: tokens of it that are not known here yet.
+
+        Returns:
+            The logits of its rows, which last until the next step is queued; None if nothing was queued.
+        """
+        queries = [chunk.end - chunk.start for chunk in step.chunks]
+        if sum(queries) > _RUNGS[-1]:
+            return None
+        requests, firsts = self._tiling.cut(queries, [chunk.end for chunk in step.chunks])
+        rows = _RUNGS[bisect_left(_RUNGS, sum(queries))]
+        tiles = max(_LEAST_TILES, 1 << (len(requests) - 1).bit_length())
+        size = rows, tiles
+        if size not in self._seen:
+            self._seen.add(size)
+            return None
+        if size not in self._recorded:
+            self._recorded[size] = self._record(size)
+        replay, hidden = self._recorded[size]
+        found = packed(step, self._ops.page)
+        places = {} if pending is None else pending.places
+        last = {found.starts[at + 1] - 1: place for at, place in places.items()}
+        spare = [rows] * (tiles - len(requests))
+        self._inputs.send(
+            _form(size),
+            {
+                TOKENS: found.token_ids,
+                "sources": self._inputs.sources(rows, last),
+                "positions": found.positions,
+                "slots": found.slots,
+                "starts": found.starts,
+                "lengths": found.lengths,
+                "tiles": [*requests, *spare, *firsts, *[0] * len(spare)],
+                "wanted": found.logit_rows,
+            },
+        )
+        self._tables.show([chunk.block_table for chunk in step.chunks])
+        if pending is not None:
+            self._inputs.take(pending.sampled)
+        replay()
+        wanted = self._inputs.views(_form(size))["wanted"][: len(found.logit_rows)]
+        return Computed(logits=self._decoder.logits(hidden[wanted]))
+
+    def _record(self, size: _Size) -> tuple[Callable[[], object], torch.Tensor]:
+        rows, tiles = size
+        # The run that goes before the recording is of padded rows alone: it writes nothing.
+        nobody = {"sources": self._inputs.sources(rows, {}), "tiles": [rows] * tiles}
+        self._inputs.send(_form(size), nobody)
+        at = self._inputs.views(_form(size))
+        paged = self._tiling.rows(
+            at["starts"], at["lengths"], self._tables.tensor, at["slots"], at["tiles"].view(2, tiles)
+        )
+
+        def work() -> torch.Tensor:
+            batch = Batch(self._inputs.tokens(at["sources"]), at["positions"], paged, None)
+            return self._decoder.hidden(batch, self._caches)
+
+        return self._ops.recorded(work)
+
+
+def _form(size: _Size) -> Form:
+    """What a recording of this size reads: chunk `rows` is of a sequence that is not there."""
+    rows, tiles = size
+    whole = Section(torch.int64, rows)
+    return {
+        TOKENS: whole,
+        "sources": whole,
+        "positions": whole,
+        "slots": Section(torch.int64, rows, fill=_NOWHERE),
+        "wanted": whole,
+        "starts": Section(torch.int32, rows + 2),
+        "lengths": Section(torch.int32, rows + 1),
+        "tiles": Section(torch.int32, 2 * tiles),
+    }

@@ -1,0 +1,148 @@
+"""Small steps with chunks, recorded: on a GPU where there is one, else under Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+
+from isobatch import SamplingParams
+from isobatch.engine import chunk_graphs
+from isobatch.engine.chunk_graphs import ChunkGraphs
+from isobatch.engine.graph_inputs import GraphInputs
+from isobatch.engine.graphs import Computed
+from isobatch.engine.output import Reply
+from isobatch.kernels.attention.gpu_serve import Tiling
+from isobatch.kernels.gpu.device import INTERPRETED
+from tests.engine_harness import Ask, MovedError, drive, expect_same, stream
+from tests.test_gpu_engine import decoder, engine
+
+# Stale memory is NaN, and NumPy, which interprets, says so where it is masked.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+
+# Nobody is penalised: so every step is planned before the tokens of the last one are seen.
+ASKS = tuple(
+    Ask(stream(number)[:length], SamplingParams(max_tokens=3, ignore_eos=True, seed=number, **how))
+    for number, length, how in (
+        (0, 6, {"temperature": 1}),
+        (1, 11, {"temperature": 0, "logprobs": 2, "prompt_logprobs": 1}),
+        (2, 7, {"temperature": 1, "top_p": 0.8, "receipt": True}),
+    )
+)
+LONG = tuple(
+    Ask(stream(number)[:length], SamplingParams(max_tokens=9, temperature=1, seed=number, ignore_eos=True))
+    for number, length in enumerate((1, 15, 16, 17, 31, 33, 60, 65, 100, 129, 200, 255, 40, 40, 40))
+)
+
+
+@cache
+def eager(ask: Ask) -> Reply:
+    """Alone, and with no recording: an observer sees each call."""
+    with decoder().ops.observed(lambda *_call: None):
+        (reply,) = drive(engine(prefix_cache=False), [ask])
+    assert reply is not None
+    return reply
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How many steps with chunks were recorded, how many of them with pending tokens, and how many not."""
+    seen: Counter[str] = Counter()
+    run = ChunkGraphs.run
+
+    def ran(self: ChunkGraphs, step: Any, pending: Any = None) -> Computed | None:
+        computed = run(self, step, pending)
+        seen["queued" if computed is None else "recorded" if pending is None else "pending"] += 1
+        return computed
+
+    monkeypatch.setattr(ChunkGraphs, "run", ran)
+    return seen
+
+
+def expect_eager(asks: Sequence[Ask], where: str, arrivals: Sequence[int], **settings: Any) -> None:
+    busy = engine(**settings)
+    graphs = busy._runner._chunks
+    assert graphs is not None
+    if INTERPRETED:  # no time to wait until every size has come before
+        graphs._seen.update((16, 2**at) for at in range(4, 8))
+    for at in range(1 if INTERPRETED else 2):
+        for ask, reply in zip(asks, drive(busy, asks, arrivals=arrivals), strict=True):
+            expect_same(reply, eager(ask), f"{where}, time {at}")
+
+
+LOADS: dict[str, dict[str, Any]] = {
+    "whole prompts": {"prefix_cache": False},
+    "pieces": {"max_batch_tokens": 5},
+    "short of blocks": {"max_batch_tokens": 6, "blocks": 3, "prefix_cache": False},
+    "chaos": {"policy": "chaos:4", "max_batch_tokens": 9},
+}
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_recorded_chunks_are_eager_ones_alone(load: str, steps: Counter[str]) -> None:
+    expect_eager(ASKS, load, (0, 1, 2), **LOADS[load])
+    assert steps["recorded"] > 0
+    assert steps["pending"] > 0
+
+
+def test_size_is_recorded_when_it_comes_again(steps: Counter[str]) -> None:
+    params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+    busy = engine(prefix_cache=False)
+    for number in range(3):
+        drive(busy, [Ask(stream(number)[: 5 + number], params)])
+    assert steps == {"queued": 1, "recorded": 2}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="no GPU: the interpreter would take an hour")
+@pytest.mark.parametrize("budget", [17, 64, 65, 130, 300, 1000, 1025, 4096])
+def test_recorded_chunks_of_every_size(budget: int, steps: Counter[str]) -> None:
+    settings = {"max_batch_tokens": budget, "blocks": 400, "prefix_cache": False}
+    expect_eager(LONG, str(budget), range(len(LONG)), **settings)
+    expect_eager(LONG * 9, f"{budget}, many", [at % 7 for at in range(9 * len(LONG))], **settings)
+    assert steps["pending"] > 0
+    if budget <= 1000:
+        assert steps["recorded"] + steps["pending"] > steps["queued"]
+
+
+def test_drafts_among_chunks_are_recorded(steps: Counter[str]) -> None:
+    asks = tuple(replace(ask, prompt=ask.prompt[:3] * 4) for ask in ASKS[:2])
+    expect_eager(asks, "drafts", (0, 2), draft_tokens=3, max_batch_tokens=9)
+    assert steps["recorded"] > 0
+
+
+def expect_caught(steps: Counter[str]) -> None:
+    with pytest.raises(MovedError):
+        expect_eager(ASKS, "a fault", (0, 1, 2), max_batch_tokens=7, prefix_cache=False)
+    assert steps["recorded"] + steps["pending"] > 0
+
+
+def test_control_padded_rows_that_write_are_caught(
+    steps: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunk_graphs, "_NOWHERE", 0)
+    expect_caught(steps)
+
+
+def test_control_tiles_of_another_sequence_are_caught(
+    steps: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = Tiling.cut
+
+    def mixed(self: Tiling, queries: Any, contexts: Any) -> tuple[list[int], list[int]]:
+        requests, firsts = cut(self, queries, contexts)
+        return [min(requests)] * len(requests), firsts
+
+    monkeypatch.setattr(Tiling, "cut", mixed)
+    expect_caught(steps)
+
+
+def test_control_pending_tokens_of_another_row_are_caught(
+    steps: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = GraphInputs.sources
+    monkeypatch.setattr(GraphInputs, "sources", lambda self, count, _pending: sources(self, count, {}))
+    expect_caught(steps)
