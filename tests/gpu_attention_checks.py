@@ -97,7 +97,8 @@ def padded_requests_are_inert_and_zero() -> None:
         out: torch.Tensor = run(q, cache, rows, scale)
         return out
 
-    for member in MEMBERS[2:]:
+    # Among tiles in a list a padded request is one without queries, and has none.
+    for member in (member for member in MEMBERS[2:] if member.name != "listed"):
         expected = case.call(member)[0]
         run = lambda q, cache, rows, scale, m=member: padded(q, cache, rows, scale, m.function)  # noqa: E731
         got = case.call(Member("padded", run, GPU_ATTENTION))[0]
