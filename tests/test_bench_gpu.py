@@ -101,10 +101,12 @@ def test_red_gate_prints_no_figure(
     other = Member("other", lambda gate_up: SILU_AND_MUL.canonical.function(-gate_up), STOCK)
     record = replace(SILU_AND_MUL, members=(*SILU_AND_MUL.members, other), variants=("wide/bf16",))
     monkeypatch.setattr(bench_gpu, "GPU_RECORDS", {record.name: record})
+    part = replace(bench_gpu.SECTIONS["rows"], records=(record.name,))
+    monkeypatch.setitem(bench_gpu.SECTIONS, "rows", part)
     monkeypatch.setattr(bench_gpu, "measure", lambda *_: pytest.fail("measured"))
     monkeypatch.setattr(device, "INTERPRETED", False)
     monkeypatch.setattr(device, "device", lambda: torch.device("cpu"))
     out = tmp_path / "gpu.json"
-    assert main(["bench", "gpu", "--json", "--out", str(out)]) == 1
+    assert main(["bench", "gpu", "--only", "rows", "--json", "--out", str(out)]) == 1
     assert '"gate": ["silu_and_mul/other: not a member' in capsys.readouterr().out
     assert not out.exists()

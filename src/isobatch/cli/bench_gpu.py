@@ -16,7 +16,6 @@ from isobatch.cli.checks import verdicts_on
 from isobatch.cli.goals import Goal, Point, at_least, at_most, geometric_mean
 from isobatch.errors import IntegrityError
 from isobatch.kernels import plan as plans
-from isobatch.kernels.attention.gpu_record import certify_library
 from isobatch.kernels.bitclass import Verdict
 from isobatch.kernels.gpu.catalogue import GPU_RECORDS
 from isobatch.kernels.gpu.data import SHORT
@@ -32,7 +31,6 @@ from isobatch.models.presets import preset
 _MODELS = ("qwen3-8b", "qwen3-30b-a3b", "qwen3-235b-a22b")
 _COLD_BYTES = 400 << 20
 _FEW_ROWS = 16
-_HEAD_SIZES = (64, 96, 128, 256)
 _LARGE_WEIGHT_BYTES = 64_000_000
 
 
@@ -68,7 +66,7 @@ def linear_shapes() -> dict[Shape, str]:
 def gate(only: Collection[str], progress: Callable[[str], None]) -> list[Verdict]:
     """Checks bits before any number: every member of the sections' records against its canonical one.
 
-    In the dtype that is measured; the tests certify the others.
+    In the dtype and the heads that are measured; `isobatch doctor --device cuda` certifies all.
 
     Args:
         only: names of `SECTIONS`.
@@ -77,25 +75,13 @@ def gate(only: Collection[str], progress: Callable[[str], None]) -> list[Verdict
     Returns:
         The verdict on each; a single refusal means that nothing may be measured.
     """
-    names = {name for section in only for name in SECTIONS[section].records}
-    suffix = f"/{SHORT[dtypes()[0]]}"
-    records = {
-        name: replace(record, variants=tuple(v for v in record.variants if v.endswith(suffix)))
-        for name, record in GPU_RECORDS.items()
-        if name in names
-    }
+    records = {}
+    for section in only:
+        end = f"{SECTIONS[section].kind}/{SHORT[dtypes()[0]]}"
+        for name in SECTIONS[section].records:
+            record = GPU_RECORDS[name]
+            records[name] = replace(record, variants=tuple(v for v in record.variants if v.endswith(end)))
     return verdicts_on(records, lambda name: progress(f"certifying {name}"))
-
-
-def libraries(progress: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Whether cuDNN's attention is a member here, by head size and dtype; where it is not, ours serves."""
-    tried = []
-    for dtype in dtypes():
-        for head_size in _HEAD_SIZES:
-            progress(f"certifying cuDNN at head size {head_size}")
-            verdict = certify_library(32, 8, head_size, dtype)
-            tried.append({"head_size": head_size, "dtype": str(dtype), "verdict": str(verdict)})
-    return tried
 
 
 def measure(only: Collection[str], progress: Callable[[str], None]) -> dict[str, Any]:
@@ -216,16 +202,18 @@ class Section:
         records: names of the records whose members must be certified before.
         points: measures.
         summary: the goals, and whether they are met.
+        kind: of their variants the one that is like what is measured; all by default.
     """
 
     records: tuple[str, ...]
     points: Callable[[dict[str, float], Callable[[str], None]], Iterator[Point]]
     summary: Callable[[list[Point]], list[Goal]]
+    kind: str = ""
 
 
 SECTIONS = {
     "linear": Section(("linear",), linear_points, summary),
-    "attention": Section(("attention",), attention_points, attention_summary),
+    "attention": Section(("attention",), attention_points, attention_summary, "grouped"),
     "moe": Section(("moe",), moe_points, moe_summary),
     "rows": Section(("rms_norm", "silu_and_mul", "rotary"), row_points, row_summary),
 }

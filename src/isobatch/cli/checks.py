@@ -23,11 +23,13 @@ class Check:
         name: what was checked.
         summary: how much of it.
         failures: what exactly is wrong, an entry each; none if all is well.
+        details: all that was found, an entry each, for reports.
     """
 
     name: str
     summary: str
     failures: tuple[str, ...]
+    details: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Column, Table
 
 from isobatch.cli.model import MODEL_HELP
+from isobatch.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
     from isobatch.cli.checks import Check
+    from isobatch.kernels.registry import OpRecord
+
+    _Found = tuple[Mapping[str, OpRecord], list[Check], str]
+    """Records, what was checked, and the numerics class."""
 
 _NOT_OF_THE_CLASS = 1
 
@@ -31,6 +39,13 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="do not certify the members of the bit classes again"
     )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: certify the GPU's kernels, ours and the libraries' (minutes, most of them compiling)",
+    )
+    parser.add_argument("--out", type=Path, help="keep the report, with every verdict and its reason")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -45,18 +60,20 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises:
         ModelError: there is no such model.
+        UnsupportedOpError, MissingDependencyError: no GPU, or no Triton.
+        ConfigError: --quick on a GPU.
         IntegrityError: the inputs of a check cannot show what it is looking for.
     """
-    from isobatch.cli import machine
-    from isobatch.kernels.catalogue import RECORDS
-    from isobatch.ops.fingerprint import NUMERICS_VERSION, numerics_class
+    from isobatch.cli import machine, results
+    from isobatch.ops.fingerprint import NUMERICS_VERSION
 
-    fingerprint = None if arguments.model is None else _fingerprint(arguments.model)
+    on_gpu = arguments.device == "cuda"
+    fingerprint = None if arguments.model is None else _fingerprint(arguments.model, arguments.device)
     cache = machine.kernel_cache()  # before a check compiles any
-    checks = _checked(quick=arguments.quick)
+    records, checks, numerics = _on_gpu(arguments) if on_gpu else _on_cpu(arguments)
     report: dict[str, Any] = {
         "ok": all(check.ok for check in checks),
-        "numerics": numerics_class(),
+        "numerics": numerics,
         "fingerprint": fingerprint,
         "numerics_version": NUMERICS_VERSION,
         "versions": machine.versions(),
@@ -65,10 +82,12 @@ def run(arguments: argparse.Namespace) -> int:
         "kernel_cache": cache,
         "ops": [
             {"name": op.name, "members": [m.name for m in op.members], "thresholds": op.thresholds}
-            for op in RECORDS.values()
+            for op in records.values()
         ],
         "checks": [{"ok": check.ok, **asdict(check)} for check in checks],
     }
+    if arguments.out is not None:
+        results.write(arguments.out, report)
     if arguments.json:
         print(json.dumps(report))
     else:
@@ -76,27 +95,52 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if report["ok"] else _NOT_OF_THE_CLASS
 
 
-def _fingerprint(model: str) -> str | None:
+def _fingerprint(model: str, device: Literal["cpu", "cuda"]) -> str | None:
     from isobatch.config import EngineConfig
     from isobatch.engine.backend import identity_of
 
-    identity = identity_of(model, EngineConfig())
+    identity = identity_of(model, EngineConfig(device=device))
     return None if identity is None else identity.fingerprint
 
 
-def _checked(*, quick: bool) -> list[Check]:
+def _on_cpu(arguments: argparse.Namespace) -> _Found:
     from isobatch.cli.checks import check_arithmetic, check_digests, check_members
+    from isobatch.kernels.catalogue import RECORDS
+    from isobatch.ops.fingerprint import numerics_class
 
-    with Console(stderr=True).status("") as status:
-
-        def progress(what: str) -> None:
-            status.update(f"checking {what}; the first run on a machine compiles, which takes a minute")
-
+    with _shown() as progress:
         progress("IEEE arithmetic")
         checks = [check_arithmetic(), check_digests(progress)]
-        if not quick:
+        if not arguments.quick:
             checks.append(check_members(progress))
-    return checks
+    return RECORDS, checks, numerics_class()
+
+
+def _on_gpu(arguments: argparse.Namespace) -> _Found:
+    if arguments.quick:
+        raise ConfigError("doctor: on a GPU there is nothing but certification", fix="leave out --quick")
+    try:
+        from isobatch.cli import gpu_checks
+        from isobatch.kernels.gpu.catalogue import GPU_RECORDS
+        from isobatch.kernels.gpu.device import device, dtypes
+        from isobatch.ops.gpu import gpu_numerics_class
+    except ImportError as error:
+        raise MissingDependencyError("Triton is not installed", fix="pip install isobatch[gpu]") from error
+    device()
+    with _shown() as progress:
+        checks = gpu_checks.checks(progress)
+        progress("golden digests")
+        numerics = gpu_numerics_class(dtypes()[0])
+    return GPU_RECORDS, checks, numerics
+
+
+@contextmanager
+def _shown() -> Iterator[Callable[[str], None]]:
+    """Says what is being checked, while it is."""
+    with Console(stderr=True).status("") as status:
+        yield lambda what: status.update(
+            f"checking {what}; the first run on a machine compiles, which takes a minute or more"
+        )
 
 
 def _print(report: dict[str, Any]) -> None:

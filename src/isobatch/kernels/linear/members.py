@@ -45,6 +45,14 @@ class Shape:
     out_dtype: torch.dtype
     biased: bool = False
 
+    @classmethod
+    def of(cls, key: str) -> Shape:
+        """The shape that a plan writes so, without a bias."""
+        sides, dtype, *out = key.split(".")
+        outputs, inputs = map(int, sides.split("x"))
+        dtypes = [getattr(torch, name) for name in (dtype, *out)]
+        return cls(outputs, inputs, dtypes[0], dtypes[-1])
+
     @property
     def key(self) -> str:
         """As plans write it. The bias is left out: it changes no member's speed to speak of."""

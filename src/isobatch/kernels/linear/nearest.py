@@ -23,10 +23,9 @@ def nearest(plan: Plan, shape: Shape) -> list[str]:
     """
 
     def distance(key: str) -> tuple[bool, float, str]:
-        sides, _, dtypes = key.partition(".")
-        outputs, inputs = map(int, sides.split("x"))
-        apart = _times(outputs, shape.outputs) * _times(inputs, shape.inputs)
-        return dtypes != shape.key.partition(".")[2], apart, key
+        other = Shape.of(key)
+        apart = _times(other.outputs, shape.outputs) * _times(other.inputs, shape.inputs)
+        return (other.dtype, other.out_dtype) != (shape.dtype, shape.out_dtype), apart, key
 
     # Whether results are rounded to 16 bits or stored in 32 decides how wide a tile may be.
     wide = shape.out_dtype == torch.float32
