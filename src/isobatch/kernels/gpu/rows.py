@@ -20,17 +20,26 @@ _NEIGHBOUR_FOLDS = tl.constexpr(10)
 
 
 @triton.jit
-def fold(x):
+def fold(x, WARPS: tl.constexpr = 1):
     """Sums of rows: [R, n] -> [R], n a power of two of at most 2^20.
 
     Written order: while n > 1024, s_j = s_j + s_{j + n/2}; then, to the end, s_j = s_{2j} + s_{2j+1}.
+
+    Args:
+        x: the rows.
+        WARPS: that a row is shared out among: their sums come together at once, and not step by step through
+            shared memory. No bit depends on it.
     """
     for _ in tl.static_range(_TOP_FOLDS):
         if x.shape[1] > _LANES:
             x = tl.sum(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), 1)
     for _ in tl.static_range(_NEIGHBOUR_FOLDS):
-        if x.shape[1] > 1:
+        if x.shape[1] > WARPS:
             x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)), 2)
+    for _ in tl.static_range(_NEIGHBOUR_FOLDS):
+        if x.shape[1] > 1:
+            left, right = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+            x = left + right
     return tl.reshape(x, (x.shape[0],))
 
 

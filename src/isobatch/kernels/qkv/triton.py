@@ -21,9 +21,8 @@ _PAGE = tl.constexpr(PAGE)
 
 
 @triton.jit
-def _normed(a, b, row, weight, is_head, eps, HALF: tl.constexpr, BLOCK: tl.constexpr):
+def _normed(a, b, row, weight_a, weight_b, is_head, eps, HALF: tl.constexpr, BLOCK: tl.constexpr):
     """Both halves of each head, normalised over the whole head by the tree of `fold`."""
-    c = tl.arange(0, BLOCK)[None, :]
     if HALF == BLOCK:
         # The tree's last step joins the halves, so each folds by itself.
         total = fold(squares(a)) + fold(squares(b))
@@ -31,8 +30,6 @@ def _normed(a, b, row, weight, is_head, eps, HALF: tl.constexpr, BLOCK: tl.const
         d = tl.arange(0, 2 * BLOCK)[None, :]
         total = fold(squares(tl.load(row + d, mask=is_head & (d < 2 * HALF), other=0.0)))
     scale = inverse_root_mean(total, HALF * 2.0, eps)[:, None]
-    weight_a = tl.load(weight + c, mask=c < HALF, other=0.0)
-    weight_b = tl.load(weight + c + HALF, mask=c < HALF, other=0.0)
     return scaled(a, scale, weight_a), scaled(b, scale, weight_b)
 
 
@@ -50,16 +47,22 @@ def _turned(
     BLOCK: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """Both halves of each head, normalised if the model does that, and turned."""
-    c = tl.arange(0, BLOCK)[None, :]
+    """Both halves of each head, normalised if the model does that, and turned.
+
+    All is asked for before anything is computed. What is the same for each head is loaded for each, from the
+    nearest cache: so it lies where it is needed, and nothing goes through shared memory.
+    """
+    c = tl.broadcast_to(tl.arange(0, BLOCK)[None, :], (HEADS, BLOCK))
     inside = is_head & (c < HALF)
     a = tl.load(row + c, mask=inside, other=0.0)
     b = tl.load(row + c + HALF, mask=inside, other=0.0)
-    if NORM:
-        a, b = _normed(a, b, row, weight, is_head, eps, HALF, BLOCK)
     angle = position * HALF + c
-    cosine = tl.broadcast_to(tl.load(cos + angle, mask=c < HALF, other=0.0), (HEADS, BLOCK))
-    sine = tl.broadcast_to(tl.load(sin + angle, mask=c < HALF, other=0.0), (HEADS, BLOCK))
+    cosine = tl.load(cos + angle, mask=c < HALF, other=0.0)
+    sine = tl.load(sin + angle, mask=c < HALF, other=0.0)
+    if NORM:
+        weight_a = tl.load(weight + c, mask=c < HALF, other=0.0)
+        weight_b = tl.load(weight + c + HALF, mask=c < HALF, other=0.0)
+        a, b = _normed(a, b, row, weight_a, weight_b, is_head, eps, HALF, BLOCK)
     return rotated(a, b, cosine, sine)
 
 

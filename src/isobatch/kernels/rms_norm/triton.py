@@ -48,6 +48,7 @@ def _rms_norm_kernel(
     K: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    WARPS: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
     inputs_ready()
@@ -61,7 +62,7 @@ def _rms_norm_kernel(
         other = tl.load(residual + r * residual_stride + c, mask=inside, other=0.0)
         row = (row.to(tl.float32) + other.to(tl.float32)).to(row.dtype)
         tl.store(total + r * K + c, row, mask=inside)
-    scale = inverse_root_mean(fold(squares(row)), K * 1.0, eps)
+    scale = inverse_root_mean(fold(squares(row), WARPS), K * 1.0, eps)
     tl.store(y + r * K + c, scaled(row, scale[:, None], w), mask=inside)
 
 
@@ -98,6 +99,7 @@ def rms_norm_tiled(
             K=K,
             BLOCK=triton.next_power_of_2(K),
             ROWS=tile.rows,
+            WARPS=tile.warps if tile.rows == 1 else 1,
             RESIDUAL=residual is not None,
             num_warps=tile.warps,
             **early(),

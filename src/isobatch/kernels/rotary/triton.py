@@ -32,14 +32,16 @@ def _rotary_kernel(
     next_may_begin()
     t = tl.program_id(0).to(tl.int64)
     h = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
-    c = tl.arange(0, BLOCK)[None, :]
+    c = tl.broadcast_to(tl.arange(0, BLOCK)[None, :], (HEADS, BLOCK))
     inside = (h < H) & (c < HALF)
-    angle = tl.load(positions + t) * HALF + c
-    cosine = tl.broadcast_to(tl.load(cos + angle, mask=c < HALF, other=0.0), (HEADS, BLOCK))
-    sine = tl.broadcast_to(tl.load(sin + angle, mask=c < HALF, other=0.0), (HEADS, BLOCK))
+    position = tl.load(positions + t)
     at = x + t * x_stride + h * head_stride + c
     a = tl.load(at, mask=inside, other=0.0)
     b = tl.load(at + HALF, mask=inside, other=0.0)
+    # Loaded for each head, from the nearest cache: so it lies where it is needed.
+    angle = position * HALF + c
+    cosine = tl.load(cos + angle, mask=c < HALF, other=0.0)
+    sine = tl.load(sin + angle, mask=c < HALF, other=0.0)
     first, second = rotated(a, b, cosine, sine)
     out = y + (t * H + h) * (2 * HALF) + c
     tl.store(out, first, mask=inside)
