@@ -67,7 +67,7 @@ def _lanes_across_warps(p, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _fold_across_warps(x):
+def _fold_across_warps(x, WARPS: tl.constexpr = 1):
     return tl.sum(x, 1)
 
 

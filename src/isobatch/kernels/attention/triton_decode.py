@@ -20,6 +20,7 @@ from isobatch.kernels.attention.launch import begin, exponent_scale, group_shape
 from isobatch.kernels.attention.triton_steps import (
     PAGE,
     SPAN,
+    first_pages,
     lane_sums_down,
     page_rows,
     pages_of,
@@ -32,11 +33,10 @@ from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
 
 @triton.jit
 def _decode_blocks(
-    acc, m, lanes, q, k, v, table, group, context, block_stride, c,
+    acc, m, lanes, q, k, v, table, pages, group, context, block_stride, c,
     D: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     inside = (tl.arange(0, WIDTH) < D)[None, :]
-    pages = pages_of(table, 0, context)
     for start in tl.range(0, context, SPAN, num_stages=STAGES):
         seen = (start + tl.arange(0, SPAN) < context)[:, None]
         at = page_rows(pages, block_stride, group * (PAGE * D), D, 0, WIDTH)
@@ -69,26 +69,27 @@ def _decode_kernel(
     group, request = tl.program_id(0), tl.program_id(1)
     if requests is not None:
         request = tl.load(requests + request)
+    # A short context is a chain of loads that wait for one another: as few as can be, and no branch between.
     context = tl.load(context_lengths + request)
     row = tl.load(query_starts + request).to(tl.int64)
-    if tl.load(query_starts + request + 1) <= row:
-        return
+    heads = tl.where(tl.load(query_starts + request + 1) > row, G, 0)
+    table = block_tables + request.to(tl.int64) * table_row
+    pages = first_pages(table, table_row, context)
     h, d = tl.arange(0, HEADS), tl.arange(0, WIDTH)
     at = row * q_row + ((group * G + h) * q_head)[:, None] + d[None, :]
-    qs = tl.load(q + at, mask=(h < G)[:, None] & (d < D)[None, :], other=0.0)
-    table = block_tables + request.to(tl.int64) * table_row
+    qs = tl.load(q + at, mask=(h < heads)[:, None] & (d < D)[None, :], other=0.0)
     acc = tl.zeros((WIDTH, HEADS), tl.float32)
     m = tl.full((HEADS,), float("-inf"), tl.float32)
     lanes = tl.zeros((HEADS, 4), tl.float32)
     if context > 0:
         # One loop, so that the last block's keys are on their way while the ones before are worked on.
         acc, m, lanes = _decode_blocks(
-            acc, m, lanes, qs, k, v, table, group, context, block_stride, c, D, WIDTH, HEADS, STAGES
+            acc, m, lanes, qs, k, v, table, pages, group, context, block_stride, c, D, WIDTH, HEADS, STAGES
         )
     next_may_begin()
     result = tl.where(context > 0, acc / row_total(lanes, HEADS)[None, :], 0.0)
     to = row * out_row + ((group * G + h) * D)[None, :] + d[:, None]
-    tl.store(out + to, result.to(out.dtype.element_ty), mask=(h < G)[None, :] & (d < D)[:, None])
+    tl.store(out + to, result.to(out.dtype.element_ty), mask=(h < heads)[None, :] & (d < D)[:, None])
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,6 +131,20 @@ def pages_of(table, start, limit):
 
 
 @triton.jit
+def first_pages(table, width, context):
+    """`pages_of` the first block, read beside the context length and not after it.
+
+    Args:
+        table: a row of the block tables.
+        width: of the row.
+        context: the keys there are; of none, any page that exists is given.
+    """
+    i = tl.arange(0, 8)
+    entries = tl.load(table + tl.minimum(i, width - 1))
+    return tl.where(i * PAGE < context, entries, tl.load(table))
+
+
+@triton.jit
 def page_rows(pages, block_stride, first, D: tl.constexpr, FROM, WIDTH: tl.constexpr):
     """Where the numbers of a block's keys lie: offsets [128, WIDTH] of columns FROM on.
 
