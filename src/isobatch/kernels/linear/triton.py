@@ -122,22 +122,24 @@ def _linear_pointer_kernel(
     _weights_ahead(w, n, N, w_stride, OUTPUTS, PIECES, PIECE)
     inputs_ready()
     rows, outputs, k = m + tl.arange(0, ROWS), n + tl.arange(0, OUTPUTS), tl.arange(0, DEPTH)
-    # Beyond the edges row 0 and output 0 are read again: cheaper than a mask, and never stored.
+    # Beyond the edge output 0 is read again: cheaper than a mask, and never stored. Not so row 0: of a single
+    # row all programs would ask the same few places for sixteen copies, at the same time.
     x_rows = x + tl.where(rows < M, rows, 0).to(tl.int64) * x_stride
     w_rows = w + tl.where(outputs < N, outputs, 0).to(tl.int64) * w_stride
     acc = tl.zeros((OUTPUTS, ROWS) if WEIGHT_LEFT else (ROWS, OUTPUTS), tl.float32)
     for start in range(0, K, DEPTH):
+        # Beyond K there are products of zeros, which change no accumulator.
         at = start + k
-        if WEIGHT_LEFT:
-            left, right = w_rows[:, None] + at[None, :], x_rows[None, :] + at[:, None]
-        else:
-            left, right = x_rows[:, None] + at[None, :], w_rows[None, :] + at[:, None]
+        xs = tl.load(
+            x_rows[:, None] + at[None, :],
+            mask=(rows < M)[:, None] if WHOLE else (rows < M)[:, None] & (at < K)[None, :],
+            other=0.0,
+        )
         if WHOLE:
-            a, b = tl.load(left), tl.load(right)
-        else:  # products of zeros, which change no accumulator
-            a = tl.load(left, mask=(at < K)[None, :], other=0.0)
-            b = tl.load(right, mask=(at < K)[:, None], other=0.0)
-        acc = tl.dot(a, b, acc)
+            ws = tl.load(w_rows[:, None] + at[None, :])
+        else:
+            ws = tl.load(w_rows[:, None] + at[None, :], mask=(at < K)[None, :], other=0.0)
+        acc = tl.dot(ws, xs.T, acc) if WEIGHT_LEFT else tl.dot(xs, ws.T, acc)
     next_may_begin()
     _store(y, bias, acc, m, n, M, N, y_stride, ROWS, OUTPUTS, WEIGHT_LEFT, BIASED)
 
