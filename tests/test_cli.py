@@ -98,6 +98,8 @@ def test_bad_usage_is_refused_before_a_model_is_loaded(
         (errors.NonFiniteLogitsError("not a number"), 2),
         (errors.UnsupportedModelError("strange"), 3),
         (errors.OutOfMemoryError("too large"), 3),
+        (errors.StepMemoryError("not even one token"), 3),
+        (errors.DeviceError("it has failed"), 3),
         (errors.MissingDependencyError("not there"), 3),
         (errors.IntegrityError("a bug"), 4),
         (errors.ShapeError("wrong"), 4),

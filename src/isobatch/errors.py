@@ -10,6 +10,7 @@
     │   ├── PromptError                    empty, too long, or with tokens the model does not have
     │   ├── CapacityError                  could never fit in the KV cache
     │   ├── NonFiniteLogitsError           the model produced NaN or infinity for this request
+    │   ├── StepMemoryError(MemoryError)   not even one token of it can be computed in the memory there is
     │   └── UnknownRequestError(KeyError)  no such request
     ├── ModelError                         a checkpoint that cannot be used
     │   ├── ModelNotFoundError(FileNotFoundError)
@@ -24,6 +25,7 @@
     ├── ReceiptError(ValueError)           a receipt that is damaged, edited, or of another schema
     ├── IntegrityError(AssertionError)     an internal invariant broke; a bug in isobatch
     ├── OutOfMemoryError(MemoryError)      with the arithmetic
+    ├── DeviceError                        the GPU has failed: nothing more can be computed in this process
     ├── ServerError                        the server cannot answer now; the request may be fine
     │   ├── QueueFullError                 too many are waiting
     │   ├── DeadlineError(TimeoutError)    not done in time
@@ -111,6 +113,10 @@ class NonFiniteLogitsError(RequestError):
     """The model produced NaN or infinity for this request."""
 
 
+class StepMemoryError(RequestError, MemoryError):
+    """Not even one token of the request can be computed in the memory there is; the others go on."""
+
+
 class UnknownRequestError(RequestError, KeyError):
     """No request with this id."""
 
@@ -165,6 +171,10 @@ class IntegrityError(IsobatchError, AssertionError):
 
 class OutOfMemoryError(IsobatchError, MemoryError):
     """Not enough memory; the message carries the arithmetic."""
+
+
+class DeviceError(IsobatchError):
+    """The GPU has failed. What it was computing is lost, and so is the process's use of it: start another."""
 
 
 class ServerError(IsobatchError):

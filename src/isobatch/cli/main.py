@@ -4,8 +4,8 @@ exit codes:
     0  success
     1  the promise was broken, or a check failed
     2  the command, a setting or a request cannot be honoured (ConfigError, RequestError)
-    3  the model or the machine cannot be used (ModelError, OutOfMemoryError, MissingDependencyError,
-     UnsupportedOpError)
+    3  the model or the machine cannot be used (ModelError, OutOfMemoryError, StepMemoryError, DeviceError,
+     MissingDependencyError, UnsupportedOpError)
     4  an internal error, worth a report (IntegrityError, KernelError, any other exception)
   130  interrupted
   141  whoever read the output went away
@@ -27,11 +27,13 @@ from isobatch.cli import bench, demo, doctor, generate, plot, serve, tune, verif
 from isobatch.cli.parser import Parser
 from isobatch.errors import (
     ConfigError,
+    DeviceError,
     IsobatchError,
     MissingDependencyError,
     ModelError,
     OutOfMemoryError,
     RequestError,
+    StepMemoryError,
     UnsupportedOpError,
 )
 
@@ -50,9 +52,11 @@ _COMMANDS: dict[str, ModuleType] = {
 
 _CODES: dict[type[IsobatchError], int] = {
     ConfigError: 2,
+    StepMemoryError: 3,
     RequestError: 2,
     ModelError: 3,
     OutOfMemoryError: 3,
+    DeviceError: 3,
     MissingDependencyError: 3,
     UnsupportedOpError: 3,
 }

@@ -29,6 +29,7 @@ from isobatch.engine.memory import block_bytes
 from isobatch.engine.request import Sequence
 from isobatch.engine.sampling_params import SamplingParams
 from isobatch.engine.scheduled import Chunk, ScheduledStep
+from isobatch.errors import UnsupportedOpError
 from isobatch.kernels.attention.gpu_rows import GpuKVCache
 from isobatch.kernels.gpu.timing import queued_microseconds
 from isobatch.ops.queued import QueuedOps
@@ -114,6 +115,9 @@ def _step(
     step = ScheduledStep(tuple(chunks), ())
     rows = meanings(step)
     queue, drawn = graphs.ready(step, rows), sampler.sampling_rows(ops, rows)
+
+    if queue is None:
+        raise UnsupportedOpError("no memory to record a step", got=f"{batch} x {context} tokens")
 
     def run() -> torch.Tensor:
         computed = queue()

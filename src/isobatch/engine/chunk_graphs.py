@@ -10,14 +10,14 @@ there the device has more to do than the host.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from isobatch.engine.batch import packed
 from isobatch.engine.block_tables import BlockTables
 from isobatch.engine.graph_inputs import TOKENS, Form, GraphInputs, Section
-from isobatch.engine.graphs import Computed, Pending
+from isobatch.engine.graphs import Computed, Pending, Recording, recording
 from isobatch.engine.scheduled import ScheduledStep
 from isobatch.kernels.layout import Cache
 from isobatch.models.decoder import Decoder
@@ -58,10 +58,10 @@ class ChunkGraphs:
         # A tile begins with a query of its own.
         self._inputs = GraphInputs(ops, max_sequences, [_form((_RUNGS[-1], _RUNGS[-1]))])
         self._seen: set[_Size] = set()
-        self._recorded: dict[_Size, tuple[Callable[[], object], torch.Tensor]] = {}
+        self._recorded: dict[_Size, Recording | None] = {}
 
     def run(self, step: ScheduledStep, pending: Pending | None = None) -> Computed | None:
-        """Queues a step, if it is small enough, and its size has come before.
+        """Queues a step, if it is small enough, its size has come before, and there is memory to record it.
 
         Args:
             step: the plan.
@@ -81,8 +81,10 @@ class ChunkGraphs:
             self._seen.add(size)
             return None
         if size not in self._recorded:
-            self._recorded[size] = self._record(size)
-        replay, hidden = self._recorded[size]
+            self._recorded[size] = recording(lambda: self._record(size))
+        if (recorded := self._recorded[size]) is None:
+            return None
+        replay, hidden = recorded
         found = packed(step, self._ops.page)
         places = {} if pending is None else pending.places
         last = {found.starts[at + 1] - 1: place for at, place in places.items()}
@@ -107,7 +109,7 @@ class ChunkGraphs:
         wanted = self._inputs.views(_form(size))["wanted"][: len(found.logit_rows)]
         return Computed(logits=self._decoder.logits(hidden[wanted]))
 
-    def _record(self, size: _Size) -> tuple[Callable[[], object], torch.Tensor]:
+    def _record(self, size: _Size) -> Recording:
         rows, tiles = size
         # The run that goes before the recording is of padded rows alone: it writes nothing.
         nobody = {"sources": self._inputs.sources(rows, {}), "tiles": [rows] * tiles}

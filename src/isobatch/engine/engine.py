@@ -5,28 +5,31 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass, field
 
 from isobatch.config import EngineConfig
 from isobatch.engine import sampler
 from isobatch.engine.block_pool import BlockPool
 from isobatch.engine.inputs import require_tokens
+from isobatch.engine.live_request import LiveRequest
 from isobatch.engine.memory import kv_blocks, page_tokens
-from isobatch.engine.output import Reply, TokenLogProbs
+from isobatch.engine.output import Reply
 from isobatch.engine.policies import policy_from_name
 from isobatch.engine.prefix_cache import PrefixCache
 from isobatch.engine.request import PENDING, FinishReason, Sequence
 from isobatch.engine.runner import Flight, Result, Runner
 from isobatch.engine.sampling_params import SamplingParams
+from isobatch.engine.scheduled import ScheduledStep
 from isobatch.engine.scheduler import Scheduler
 from isobatch.engine.seeds import seed_for, seed_of
 from isobatch.engine.tokenizer import Tokenizer
 from isobatch.engine.transcript import Transcript
 from isobatch.errors import (
     ConfigError,
+    DeviceError,
     InvalidSamplingError,
-    NonFiniteLogitsError,
+    OutOfMemoryError,
     RequestError,
+    StepMemoryError,
     UnknownRequestError,
 )
 from isobatch.kernels.layout import Cache
@@ -35,23 +38,6 @@ from isobatch.models.decoder import Decoder
 from isobatch.ops.environment import require_ieee_here
 from isobatch.ops.fingerprint import Identity
 from isobatch.ops.queued import QueuedOps
-
-
-@dataclass(slots=True)
-class _Request:
-    """A request in flight. The first four fields never change: from them it can be begun again."""
-
-    id: int
-    prompt_ids: tuple[int, ...]
-    params: SamplingParams
-    seed: int
-    transcripts: list[Transcript] = field(default_factory=list)
-    prompt_log_probs: dict[int, TokenLogProbs] = field(default_factory=dict)
-    error: RequestError | None = None
-
-    @property
-    def finished(self) -> bool:
-        return all(t.sequence.finish_reason is not None for t in self.transcripts)
 
 
 def check_settings(model: ModelConfig, config: EngineConfig) -> None:
@@ -117,7 +103,8 @@ class Engine:
         self._runner = Runner(decoder, self._caches, rows, self.max_context)
         self.drafted_tokens = self.accepted_tokens = 0
         self.eos_token_ids = frozenset(tokenizer.eos_token_ids if tokenizer else decoder.config.eos_token_ids)
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, LiveRequest] = {}
+        self._down: DeviceError | None = None
         self._ids = itertools.count()
         self._start_over()
 
@@ -134,7 +121,7 @@ class Engine:
             max_context=self.max_context,
             draft_tokens=self.config.draft_tokens,
         )
-        self._owner: dict[int, tuple[_Request, Transcript]] = {}
+        self._owner: dict[int, tuple[LiveRequest, Transcript]] = {}
         self._flight: Flight | None = None
         for request in self._requests.values():
             self._queue(request)
@@ -194,19 +181,24 @@ class Engine:
 
         Raises:
             RequestError: it can never be served; nothing was queued.
+            DeviceError: the GPU has failed.
         """
         self.check_request(prompt_ids, params)
+        if self._down is not None:
+            raise self._down
         seed = seed_for(params)
         number = self.new_id() if request_id is None else request_id
-        request = _Request(number, tuple(prompt_ids), params, seed)
+        request = LiveRequest(number, tuple(prompt_ids), params, seed)
         self._mend()
         self._torn = True
+        if not self._requests:  # what took the memory then may be gone now
+            self.scheduler.limit(self.config.max_batch_tokens)
         self._queue(request)
         self._requests[number] = request
         self._torn = False
         return number
 
-    def _queue(self, request: _Request) -> None:
+    def _queue(self, request: LiveRequest) -> None:
         """Queues the n sequences of a request, from their beginning."""
         request.transcripts, request.prompt_log_probs, request.error = [], {}, None
         for index in range(request.params.n):
@@ -271,7 +263,17 @@ class Engine:
 
         Raises:
             FloatEnvironmentError: the calling thread no longer computes as IEEE 754 says.
+            DeviceError: the GPU has failed, in this step or an earlier one. No request of this engine ends.
         """
+        if self._down is not None:
+            raise self._down
+        try:
+            return self._step(into)
+        except DeviceError as error:
+            self._down = error
+            raise
+
+    def _step(self, into: dict[int, Reply] | None) -> list[Reply]:
         self.require_ieee()
         self._mend()
         self._torn = True
@@ -279,23 +281,54 @@ class Engine:
         # Nothing changes in here, and most of the time is spent here: a step that failed is planned again,
         # if no other is under way.
         self._torn = before is not None
-        flight = None if step is None else self._runner.launch(step, before)
+        flight = None if step is None else self._launch(step, before)
         ahead = flight is not None and self._may_run_ahead(flight)
         landed = [] if before is None else before.results()
         at_once = [] if flight is None or ahead else flight.results()
         self._torn = True
         touched = self._take_all(landed)
+        if step is not None and flight is None:
+            touched |= self._retreat(step)
         if flight is not None:
             self._commit(flight)
         touched |= self._take_all(at_once)
         self._flight = flight if ahead else None
-        replies = [self._reply(request) for request in touched.values() if request.finished]
+        limit = self.scheduler.token_limit
+        replies = [each.reply(self.identity, limit) for each in touched.values() if each.finished]
         if into is not None:
             into |= {reply.request_id: reply for reply in replies}
         for reply in replies:
             self._forget(self._requests.pop(reply.request_id))
         self._torn = False
         return replies
+
+    def _launch(self, step: ScheduledStep, before: Flight | None) -> Flight | None:
+        """The step's flight, or None if the step does not fit in memory; then nothing of it counts."""
+        try:
+            return self._runner.launch(step, before)
+        except OutOfMemoryError:
+            return None
+
+    def _retreat(self, step: ScheduledStep) -> dict[int, LiveRequest]:
+        """Makes steps smaller until there is no work; fails the request of one that could not be smaller."""
+        tokens = sum(chunk.end - chunk.start for chunk in step.chunks)
+        if tokens > 1:
+            self.scheduler.limit(tokens // 2)
+            return {}
+        (chunk,) = step.chunks
+        request, _ = self._owner[chunk.sequence.id]
+        if not request.finished:
+            fix = "free memory, or make a new engine with a smaller KV cache"
+            error = StepMemoryError("not even one token can be computed in the memory there is", fix=fix)
+            self._end(request, error)
+        return {request.id: request}
+
+    def _end(self, request: LiveRequest, error: RequestError) -> None:
+        """Ends a request that has failed; the others go on."""
+        request.error = error
+        for transcript in request.transcripts:
+            if transcript.sequence.finish_reason is None:
+                self.scheduler.finish(transcript.sequence, FinishReason.ERROR)
 
     def _may_run_ahead(self, flight: Flight) -> bool:
         """Whether a step can be planned before the tokens of this one are seen."""
@@ -313,7 +346,7 @@ class Engine:
             elif row.samples and row.sequence.finish_reason is None:
                 row.sequence.append(PENDING)
 
-    def _take_all(self, results: list[Result]) -> dict[int, _Request]:
+    def _take_all(self, results: list[Result]) -> dict[int, LiveRequest]:
         """Records results. Returns the requests they belong to, without those that are over already."""
         touched = {}
         for result in results:
@@ -323,13 +356,13 @@ class Engine:
                 touched[request.id] = request
         return touched
 
-    def _take_in(self, result: Result) -> _Request:
+    def _take_in(self, result: Result) -> LiveRequest:
         """Records one row's result, and ends what is over. Returns the request it belongs to."""
         sequence = result.row.sequence
         request, transcript = self._owner[sequence.id]
         entry = result.entry
         if result.token < 0 or (entry is not None and not math.isfinite(entry.log_prob)):
-            self._fail(request, result.row.position)
+            self._end(request, request.unfinite(result.row.position))
             return request
         if not result.row.samples:
             if entry is not None:
@@ -349,38 +382,6 @@ class Engine:
             self.scheduler.finish(sequence, reason)
         return request
 
-    def _fail(self, request: _Request, position: int) -> None:
-        """Ends a request whose logits are not numbers; the others go on."""
-        # Of several completions the load decides which is the first to fail, so that is not said.
-        where = f"for position {position}, " if request.params.n == 1 else ""
-        request.error = NonFiniteLogitsError(
-            f"the model gave NaN or infinity {where}with seed {request.seed}",
-            expected="finite logits",
-            fix="check the weights for NaN and the penalties for extremes; no token was made up",
-        )
-        for transcript in request.transcripts:
-            if transcript.sequence.finish_reason is None:
-                self.scheduler.finish(transcript.sequence, FinishReason.ERROR)
-
-    def _reply(self, request: _Request) -> Reply:
-        first = request.transcripts[0].sequence
-        prompt_log_probs = None
-        if first.params.prompt_logprobs is not None and request.error is None:
-            positions = range(1, len(request.prompt_ids))
-            prompt_log_probs = tuple(request.prompt_log_probs[p] for p in positions)
-        # How far the others of the n were when one failed is a matter of the load: they are not handed out.
-        finished = () if request.error is not None else request.transcripts
-        limit = self.scheduler.token_limit(first)
-        return Reply(
-            request_id=request.id,
-            prompt_token_ids=request.prompt_ids,
-            completions=tuple(transcript.completion(self.identity, limit) for transcript in finished),
-            prompt_log_probs=prompt_log_probs,
-            cached_tokens=first.cached_tokens,
-            fingerprint=None if self.identity is None else self.identity.fingerprint,
-            error=request.error,
-        )
-
-    def _forget(self, request: _Request) -> None:
+    def _forget(self, request: LiveRequest) -> None:
         for transcript in request.transcripts:
             del self._owner[transcript.sequence.id]

@@ -82,6 +82,18 @@ class _Size:
     drawn: tuple[bool, bool] | None
 
 
+Recording = tuple[Callable[[], object], torch.Tensor]
+"""What queues recorded work, and its result."""
+
+
+def recording(record: Callable[[], Recording]) -> Recording | None:
+    """A recording, or None if there is no memory for it: the step is queued kernel by kernel then."""
+    try:
+        return record()
+    except torch.OutOfMemoryError:
+        return None
+
+
 def ladder(most: int) -> tuple[int, ...]:
     """Batch sizes that are recorded, the last at least `most`: a sixteenth to a quarter apart."""
     rungs = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 32)]
@@ -113,7 +125,7 @@ class DecodeGraphs:
         most = self._rungs[-1]
         self.tables = BlockTables(ops, most, -(-max_context // ops.page))
         self._inputs = GraphInputs(ops, most, [_form(most), _form(min(most, DRAWN), drawn=True)])
-        self._recorded: dict[_Size, tuple[Callable[[], object], torch.Tensor]] = {}
+        self._recorded: dict[_Size, Recording | None] = {}
 
     def fits(self, step: ScheduledStep) -> bool:
         """Whether the step is all decode: one token of each sequence, whose logits are wanted, and drafts."""
@@ -122,7 +134,9 @@ class DecodeGraphs:
             for chunk in step.chunks
         )
 
-    def run(self, step: ScheduledStep, rows: Sequence[LogitRow], pending: Pending | None = None) -> Computed:
+    def run(
+        self, step: ScheduledStep, rows: Sequence[LogitRow], pending: Pending | None = None
+    ) -> Computed | None:
         """Queues a step that fits.
 
         Args:
@@ -131,19 +145,21 @@ class DecodeGraphs:
             pending: tokens of it that are not known here yet.
 
         Returns:
-            What it comes to, a sequence's drafts behind its token. It lasts until the next step is queued.
+            What it comes to, a sequence's drafts behind its token, which lasts until the next step is queued;
+            None, and nothing was queued, if there is no memory for a recording.
         """
-        return self.ready(step, rows, pending)()
+        queue = self.ready(step, rows, pending)
+        return None if queue is None else queue()
 
     def ready(
         self, step: ScheduledStep, rows: Sequence[LogitRow], pending: Pending | None = None
-    ) -> Callable[[], Computed]:
+    ) -> Callable[[], Computed] | None:
         """Brings what a step that fits reads to where its recording looks for it.
 
         Args: as of `run`.
 
         Returns:
-            What queues the step; again and again, until another step is made ready.
+            What queues the step; again and again, until another step is made ready. None as of `run`.
         """
         chunks, page = step.chunks, self._ops.page
         # Of each draft the chunk; of each row the chunk's table, and the position.
@@ -152,7 +168,10 @@ class DecodeGraphs:
         places += [(c.block_table, p) for c in chunks if c.drafts for p in range(c.stop, c.end)]
         count = len(places)
         size = self._size(count, max(position for _, position in places) + 1, rows)
-        form, recorded = _form(size.rows, drawn=size.drawn is not None), self._recording(size)
+        if size not in self._recorded:
+            self._recorded[size] = recording(lambda: self._record(size))
+        if (recorded := self._recorded[size]) is None:
+            return None
         tokens = [max(0, chunk.token_ids[0]) for chunk in chunks]
         numbers: dict[str, Sequence[float]] = {
             TOKENS: [*tokens, *chain.from_iterable(chunk.drafts for chunk in chunks)],
@@ -163,7 +182,7 @@ class DecodeGraphs:
         }
         if size.drawn is not None:
             numbers |= sampler.columns(rows)
-        self._inputs.send(form, numbers)
+        self._inputs.send(_form(size.rows, drawn=size.drawn is not None), numbers)
         self.tables.show([chunk.block_table for chunk in chunks])
         self.tables.repeat(owners, len(chunks))
         if pending is not None:
@@ -197,12 +216,7 @@ class DecodeGraphs:
             behind += len(chunk.drafts)
         return self._ops.tensor(order)
 
-    def _recording(self, size: _Size) -> tuple[Callable[[], object], torch.Tensor]:
-        if size not in self._recorded:
-            self._recorded[size] = self._record(size)
-        return self._recorded[size]
-
-    def _record(self, size: _Size) -> tuple[Callable[[], object], torch.Tensor]:
+    def _record(self, size: _Size) -> Recording:
         ops, form = self._ops, _form(size.rows, drawn=size.drawn is not None)
         # The run that goes before the recording is of padded rows alone: it writes nothing.
         self._inputs.send(form, {"sources": self._inputs.sources(size.rows, {})})

@@ -7,7 +7,8 @@ in such a token gets it on the device, from the flight before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -21,7 +22,7 @@ from isobatch.engine.output import TokenLogProbs
 from isobatch.engine.receipt import row_digests
 from isobatch.engine.request import PENDING
 from isobatch.engine.scheduled import ScheduledStep
-from isobatch.errors import IntegrityError
+from isobatch.errors import DeviceError, IntegrityError, OutOfMemoryError
 from isobatch.kernels.layout import Cache
 from isobatch.models.decoder import Decoder
 from isobatch.ops.queued import QueuedOps
@@ -99,19 +100,25 @@ class Runner:
 
         Raises:
             IntegrityError: a token is pending that the flight before does not have.
+            OutOfMemoryError: the step does not fit in the device's memory. It can be queued again.
+            DeviceError: the device has failed.
 
         Determinism:
             Results depend on each sequence's own tokens, parameters and seed.
         """
         pending, rows = _pending(step, before), meanings(step)
-        return self._read(step, rows, self._compute(step, rows, pending))
+        with device_errors():
+            return self._read(step, rows, self._compute(step, rows, pending))
 
     def _compute(self, step: ScheduledStep, rows: tuple[LogitRow, ...], pending: Pending | None) -> Computed:
         ops = self._decoder.ops
         if not ops.watched:  # a replay calls no op, and observers are to see each call
+            computed = None
             if self._decode is not None and self._decode.fits(step):
-                return self._decode.run(step, rows, pending)
-            if self._chunks is not None and (computed := self._chunks.run(step, pending)) is not None:
+                computed = self._decode.run(step, rows, pending)
+            elif self._chunks is not None:
+                computed = self._chunks.run(step, pending)
+            if computed is not None:
                 return computed
         batch = build_batch(step, ops)
         if pending is not None:
@@ -148,6 +155,7 @@ class Runner:
         if logits is not None and receipted:
             digested = ops.fetch(_rows(logits, receipted))
 
+        @device_errors()
         def results() -> list[Result]:
             if arrived is not None:
                 for i, token in zip(sampling, arrived().tolist(), strict=True):
@@ -157,6 +165,21 @@ class Runner:
             return [Result(row, known[i], said.get(i), digests.get(i)) for i, row in enumerate(rows)]
 
         return Flight(step, rows, tokens, results)
+
+
+@contextmanager
+def device_errors() -> Iterator[None]:
+    """Turns torch's errors of a device into ours.
+
+    Raises:
+        OutOfMemoryError, DeviceError: for what torch says of memory, and of the device.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError("a step that does not fit in the device's memory", got=error) from error
+    except torch.AcceleratorError as error:
+        raise DeviceError("the GPU has failed", got=error, fix="start a new process") from error
 
 
 def _rows(tensor: torch.Tensor, at: list[int]) -> torch.Tensor:

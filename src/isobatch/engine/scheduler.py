@@ -95,6 +95,10 @@ class Scheduler:
         """Sequences with blocks."""
         return len(self._running)
 
+    def limit(self, tokens: int) -> None:
+        """Plan no step of more than so many tokens, 1 or more, from now on."""
+        self._max_batch_tokens = tokens
+
     def token_limit(self, sequence: Sequence) -> int:
         """Return how many tokens, prompt and reply together, the sequence may have: with these it is over.
 
@@ -205,8 +209,7 @@ class Scheduler:
             elif self._draft_tokens:
                 self._trim(sequence)
         # No more than this many can be admitted in a step, so a long queue costs no more than a short one.
-        queue = islice(self._waiting.values(), self._max_batch_sequences)
-        passed_over = False
+        queue, passed_over = islice(self._waiting.values(), self._max_batch_sequences), False
         for sequence in sorted([*self._running.values(), *queue], key=self._policy.rank):
             if plan.budget == 0:
                 break
@@ -305,8 +308,7 @@ class Scheduler:
         remaining = sequence.remaining
         if not remaining:
             raise IntegrityError(f"sequence {sequence.id} has no token to compute", expected="one appended")
-        most = min(self._room(sequence, plan), remaining, plan.budget)
-        if most == 0:
+        if (most := min(self._room(sequence, plan), remaining, plan.budget)) == 0:
             return
         count = self._policy.chunk(sequence, most)
         if not 1 <= count <= most:

@@ -24,6 +24,7 @@ from isobatch.errors import (
     PromptError,
     QueueFullError,
     RequestError,
+    StepMemoryError,
     TokenizerError,
 )
 
@@ -76,6 +77,7 @@ _NAMED = re.compile(r"sampling parameter '(\w+)'")
 _KINDS: list[tuple[type[Exception], int, str, str | None]] = [
     (CapacityError, 400, "invalid_request_error", "context_length_exceeded"),
     (NonFiniteLogitsError, 500, "server_error", "non_finite_logits"),
+    (StepMemoryError, 503, "server_error", "out_of_memory"),
     (RequestError, 400, "invalid_request_error", None),
     (TokenizerError, 400, "invalid_request_error", None),
     (QueueFullError, 429, "rate_limit_error", "queue_full"),
