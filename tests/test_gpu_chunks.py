@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import pytest
@@ -15,11 +14,11 @@ from isobatch.engine import chunk_graphs
 from isobatch.engine.chunk_graphs import ChunkGraphs
 from isobatch.engine.graph_inputs import GraphInputs
 from isobatch.engine.graphs import Computed
-from isobatch.engine.output import Reply
 from isobatch.kernels.attention.gpu_serve import Tiling
 from isobatch.kernels.gpu.device import INTERPRETED
 from tests.engine_harness import Ask, MovedError, drive, expect_same, stream
-from tests.test_gpu_engine import decoder, engine
+from tests.test_gpu_engine import engine
+from tests.test_gpu_ladder import eager
 
 # Stale memory is NaN, and NumPy, which interprets, says so where it is masked.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
@@ -37,15 +36,6 @@ LONG = tuple(
     Ask(stream(number)[:length], SamplingParams(max_tokens=9, temperature=1, seed=number, ignore_eos=True))
     for number, length in enumerate((1, 15, 16, 17, 31, 33, 60, 65, 100, 129, 200, 255, 40, 40, 40))
 )
-
-
-@cache
-def eager(ask: Ask) -> Reply:
-    """Alone, and with no recording: an observer sees each call."""
-    with decoder().ops.observed(lambda *_call: None):
-        (reply,) = drive(engine(prefix_cache=False), [ask])
-    assert reply is not None
-    return reply
 
 
 @pytest.fixture
