@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from isobatch import SamplingParams
-from isobatch.engine import chunk_graphs
+from isobatch.engine import graph_inputs
 from isobatch.engine.chunk_graphs import ChunkGraphs
 from isobatch.engine.graph_inputs import GraphInputs
 from isobatch.engine.graphs import Computed
@@ -113,7 +113,7 @@ def expect_caught(steps: Counter[str]) -> None:
 def test_control_padded_rows_that_write_are_caught(
     steps: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunk_graphs, "_NOWHERE", 0)
+    monkeypatch.setattr(graph_inputs, "NOWHERE", 0)
     expect_caught(steps)
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from isobatch import LLM, SamplingParams
-from isobatch.engine import graphs, sampler
+from isobatch.engine import graph_inputs, sampler
 from isobatch.engine.graph_inputs import GraphInputs
 from isobatch.engine.graphs import DRAWN, Computed, DecodeGraphs, ladder
 from isobatch.engine.output import Reply
@@ -110,7 +110,7 @@ def test_control_padded_rows_that_write_are_caught(
     recorded: list[tuple[int, bool]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Padded rows that store their key and value where a real row has its own."""
-    monkeypatch.setattr(graphs, "_NOWHERE", 0)
+    monkeypatch.setattr(graph_inputs, "NOWHERE", 0)
     with pytest.raises(MovedError):
         expect_eager(3, recorded)
     assert recorded

@@ -66,12 +66,16 @@ def verdicts_on(records: Mapping[str, OpRecord], progress: Progress) -> list[Ver
     return verdicts
 
 
-def check_members(progress: Progress) -> Check:
-    """Whether all members of each bit class still agree, bit by bit."""
-    verdicts = verdicts_on(RECORDS, progress)
+def check_members(progress: Progress, records: Mapping[str, OpRecord] | None = None) -> Check:
+    """Whether all members of each bit class still agree, bit by bit.
+
+    Args:
+        progress: told each member.
+        records: of the classes; those of the CPU by default.
+    """
+    verdicts = verdicts_on(RECORDS if records is None else records, progress)
     inputs = sum(verdict.inputs for verdict in verdicts)
     failures = tuple(str(verdict) for verdict in verdicts if not verdict.member)
     certified = len(verdicts) - len(failures)
-    return Check(
-        "bit classes", f"{certified} of {len(verdicts)} members certified on {inputs} inputs", failures
-    )
+    summary = f"{certified} of {len(verdicts)} members certified on {inputs} inputs"
+    return Check("bit classes", summary, failures, tuple(map(str, verdicts)))

@@ -5,7 +5,7 @@ A library's kernel that is refused is no failure: it does not serve here, and ou
 
 from __future__ import annotations
 
-from isobatch.cli.checks import Check, Progress, verdicts_on
+from isobatch.cli.checks import Check, Progress, check_members
 from isobatch.kernels import plan as plans
 from isobatch.kernels.attention.gpu_record import certify_library
 from isobatch.kernels.gpu.catalogue import GPU_RECORDS
@@ -27,18 +27,8 @@ def checks(progress: Progress) -> list[Check]:
         UnsupportedOpError: no GPU that will do.
         IntegrityError: the inputs of a check cannot show what it is looking for.
     """
-    return [_members(progress), *([_attention(progress), _products(progress)] if _LIBRARIES else ())]
-
-
-def _members(progress: Progress) -> Check:
-    verdicts = verdicts_on(GPU_RECORDS, progress)
-    failures = tuple(str(verdict) for verdict in verdicts if not verdict.member)
-    return Check(
-        "bit classes",
-        f"{len(verdicts) - len(failures)} of {len(verdicts)} members certified",
-        failures,
-        tuple(map(str, verdicts)),
-    )
+    libraries = (_attention, _products) if _LIBRARIES else ()
+    return [check_members(progress, GPU_RECORDS), *(check(progress) for check in libraries)]
 
 
 def _attention(progress: Progress) -> Check:

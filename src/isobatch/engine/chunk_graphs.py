@@ -16,15 +16,14 @@ import torch
 
 from isobatch.engine.batch import packed
 from isobatch.engine.block_tables import BlockTables
-from isobatch.engine.graph_inputs import TOKENS, Form, GraphInputs, Section
+from isobatch.engine.graph_inputs import TOKENS, Form, GraphInputs, Section, token_sections
 from isobatch.engine.graphs import Computed, Pending, Recording, recording
 from isobatch.engine.scheduled import ScheduledStep
-from isobatch.kernels.layout import Cache
+from isobatch.kernels.layout import Cache, TiledRows
 from isobatch.models.decoder import Decoder
 from isobatch.models.inputs import Batch
 from isobatch.ops.queued import QueuedOps, Tiling
 
-_NOWHERE = -1
 _RUNGS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
 _LEAST_TILES = 16
 
@@ -115,7 +114,7 @@ class ChunkGraphs:
         nobody = {"sources": self._inputs.sources(rows, {}), "tiles": [rows] * tiles}
         self._inputs.send(_form(size), nobody)
         at = self._inputs.views(_form(size))
-        paged = self._tiling.rows(
+        paged = TiledRows(
             at["starts"], at["lengths"], self._tables.tensor, at["slots"], at["tiles"].view(2, tiles)
         )
 
@@ -129,13 +128,8 @@ class ChunkGraphs:
 def _form(size: _Size) -> Form:
     """What a recording of this size reads: chunk `rows` is of a sequence that is not there."""
     rows, tiles = size
-    whole = Section(torch.int64, rows)
-    return {
-        TOKENS: whole,
-        "sources": whole,
-        "positions": whole,
-        "slots": Section(torch.int64, rows, fill=_NOWHERE),
-        "wanted": whole,
+    return token_sections(rows) | {
+        "wanted": Section(torch.int64, rows),
         "starts": Section(torch.int32, rows + 2),
         "lengths": Section(torch.int32, rows + 1),
         "tiles": Section(torch.int32, 2 * tiles),

@@ -192,7 +192,7 @@ class Engine:
         self._mend()
         self._torn = True
         if not self._requests:  # what took the memory then may be gone now
-            self.scheduler.limit(self.config.max_batch_tokens)
+            self.scheduler.max_batch_tokens = self.config.max_batch_tokens
         self._queue(request)
         self._requests[number] = request
         self._torn = False
@@ -313,7 +313,7 @@ class Engine:
         """Makes steps smaller until there is no work; fails the request of one that could not be smaller."""
         tokens = sum(chunk.end - chunk.start for chunk in step.chunks)
         if tokens > 1:
-            self.scheduler.limit(tokens // 2)
+            self.scheduler.max_batch_tokens = tokens // 2
             return {}
         (chunk,) = step.chunks
         request, _ = self._owner[chunk.sequence.id]

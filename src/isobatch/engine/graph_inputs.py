@@ -39,6 +39,19 @@ class Section:
 Form = Mapping[str, Section]
 """The sections of a recording's inputs, by name, in order. The first is TOKENS."""
 TOKENS = "tokens"
+NOWHERE = -1
+"""The slot of a padded row."""
+
+
+def token_sections(rows: int) -> dict[str, Section]:
+    """What every recording reads of its tokens, padded ones included; a form begins with it."""
+    whole = Section(torch.int64, rows)
+    return {
+        TOKENS: whole,
+        "sources": whole,
+        "positions": whole,
+        "slots": Section(torch.int64, rows, fill=NOWHERE),
+    }
 
 
 def _bytes(form: Form) -> int:

@@ -25,7 +25,7 @@ import torch
 from isobatch.engine import sampler
 from isobatch.engine.batch import LogitRow
 from isobatch.engine.block_tables import BlockTables
-from isobatch.engine.graph_inputs import TOKENS, Form, GraphInputs, Section
+from isobatch.engine.graph_inputs import TOKENS, Form, GraphInputs, Section, token_sections
 from isobatch.engine.scheduled import Chunk, ScheduledStep
 from isobatch.kernels.layout import Cache
 from isobatch.kernels.sampling.cpu import SamplingRows
@@ -33,7 +33,6 @@ from isobatch.models.decoder import Decoder
 from isobatch.models.inputs import Batch
 from isobatch.ops.queued import QueuedOps
 
-_NOWHERE = -1
 # Up to this many rows the choice of attention's member depends on the context: a recording for each doubling.
 _FEW = 16
 _SHORT = 256
@@ -239,14 +238,7 @@ class DecodeGraphs:
 
 def _form(rows: int, *, drawn: bool = False) -> Form:
     """What a recording of so many rows reads."""
-    whole = Section(torch.int64, rows)
-    form = {
-        TOKENS: whole,
-        "sources": whole,
-        "positions": whole,
-        "slots": Section(torch.int64, rows, fill=_NOWHERE),
-        "lengths": Section(torch.int32, rows),
-    }
+    form = token_sections(rows) | {"lengths": Section(torch.int32, rows)}
     if drawn:
         form |= {name: Section(dtype, rows) for name, dtype in sampler.COLUMNS.items()}
     return form

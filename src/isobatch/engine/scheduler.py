@@ -40,7 +40,7 @@ class Scheduler:
         pool: the KV blocks, used by nobody else.
         prefix_cache: over the same pool; None to compute every prefix anew.
         policy: order, chunk sizes, preemptions.
-        max_batch_tokens: the most tokens in one step.
+        max_batch_tokens: the most tokens in one step; may be changed between steps.
         max_batch_sequences: the most sequences running at once.
         max_context: the most tokens of prompt and reply together, in tokens.
         draft_tokens: the most drafts of a sequence in one step.
@@ -71,7 +71,7 @@ class Scheduler:
         self._pool = pool
         self._cache = prefix_cache
         self._policy = policy
-        self._max_batch_tokens = max_batch_tokens
+        self.max_batch_tokens = max_batch_tokens
         self._max_batch_sequences = max_batch_sequences
         self._max_context = max_context
         self._draft_tokens = draft_tokens
@@ -94,10 +94,6 @@ class Scheduler:
     def num_running(self) -> int:
         """Sequences with blocks."""
         return len(self._running)
-
-    def limit(self, tokens: int) -> None:
-        """Plan no step of more than so many tokens, 1 or more, from now on."""
-        self._max_batch_tokens = tokens
 
     def token_limit(self, sequence: Sequence) -> int:
         """Return how many tokens, prompt and reply together, the sequence may have: with these it is over.
@@ -202,14 +198,15 @@ class Scheduler:
         self._planned = None
         if not self.has_work:
             return None
-        plan = Plan(budget=self._max_batch_tokens)
+        plan = Plan(budget=self.max_batch_tokens)
         for sequence in list(self._running.values()):
             if self._policy.interrupts(sequence):
                 self._preempt(sequence, plan)
             elif self._draft_tokens:
                 self._trim(sequence)
         # No more than this many can be admitted in a step, so a long queue costs no more than a short one.
-        queue, passed_over = islice(self._waiting.values(), self._max_batch_sequences), False
+        queue = islice(self._waiting.values(), self._max_batch_sequences)
+        passed_over = False
         for sequence in sorted([*self._running.values(), *queue], key=self._policy.rank):
             if plan.budget == 0:
                 break
@@ -308,7 +305,8 @@ class Scheduler:
         remaining = sequence.remaining
         if not remaining:
             raise IntegrityError(f"sequence {sequence.id} has no token to compute", expected="one appended")
-        if (most := min(self._room(sequence, plan), remaining, plan.budget)) == 0:
+        most = min(self._room(sequence, plan), remaining, plan.budget)
+        if most == 0:
             return
         count = self._policy.chunk(sequence, most)
         if not 1 <= count <= most:

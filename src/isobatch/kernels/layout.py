@@ -95,3 +95,17 @@ class PagedRows:
     context_lengths: torch.Tensor
     block_tables: torch.Tensor
     slots: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TiledRows(PagedRows):
+    """Requests of any number of queries, cut into tiles already. All is read when kernels run, so that a
+    recording serves every step that has no more rows, and no more tiles, than it was made for.
+
+    A request that ends where it starts, or before, is not there; its tiles are inert. Slot -1: a padded row.
+
+    Args:
+        tiles: int32 [2, tiles]: of each tile the request, and the tile's first row within it.
+    """
+
+    tiles: torch.Tensor

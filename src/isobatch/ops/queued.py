@@ -13,7 +13,7 @@ from isobatch.ops.ops import Ops
 
 
 class Tiling(Protocol):
-    """How requests of any number of queries are laid out for kernels that read all lengths on the device."""
+    """How requests of any number of queries are cut for kernels that take `TiledRows`."""
 
     def cut(self, queries: Sequence[int], contexts: Sequence[int]) -> tuple[list[int], list[int]]:
         """Cuts requests into tiles of query rows.
@@ -24,24 +24,6 @@ class Tiling(Protocol):
 
         Returns:
             For each tile the request, and where in it the tile begins.
-        """
-
-    def rows(
-        self,
-        starts: torch.Tensor,
-        lengths: torch.Tensor,
-        tables: torch.Tensor,
-        slots: torch.Tensor,
-        tiles: torch.Tensor,
-    ) -> PagedRows:
-        """Rows of requests, all of which is read where it lies when kernels run.
-
-        Args:
-            starts: int32 [R + 1]; a request that ends where it starts, or before, is not there.
-            lengths: int32 [R].
-            tables: int32 [R, pages].
-            slots: int64 [T], -1 for a padded row.
-            tiles: int32 [2, tiles], as `cut` gives them; to spare ones belongs a request that is not there.
         """
 
 

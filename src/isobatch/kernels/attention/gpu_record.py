@@ -22,7 +22,7 @@ from isobatch.kernels.bitclass import Verdict, certify
 from isobatch.kernels.data import floats, integers
 from isobatch.kernels.gpu.data import case_variants, split_variant
 from isobatch.kernels.gpu.device import INTERPRETED, device
-from isobatch.kernels.layout import PAGE, Layout, PagedRows
+from isobatch.kernels.layout import PAGE, Layout, PagedRows, TiledRows
 from isobatch.kernels.registry import Member, OpRecord, Outputs, Reordering
 from isobatch.kernels.stock import STOCK, DenseCache, DenseStack, DenseWeight
 
@@ -136,7 +136,7 @@ def _listed(q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float
     requests, firsts = tiling.cut(rows.queries, rows.contexts)
     tiles = GpuPagedRows.upload([[*requests, nobody], [*firsts, 0]])
     starts, lengths = (torch.cat((t, t.new_zeros(1))) for t in (rows.query_starts, rows.context_lengths))
-    return serve(q, cache, tiling.rows(starts, lengths, rows.block_tables, rows.slots, tiles), scale)
+    return serve(q, cache, TiledRows(starts, lengths, rows.block_tables, rows.slots, tiles), scale)
 
 
 ATTENTION_GPU = OpRecord(

@@ -136,15 +136,3 @@ class GpuPagedRows(PagedRows):
         return torch.tensor(numbers, dtype=torch.int32, device="cpu", pin_memory=pinned).to(
             device(), non_blocking=True
         )
-
-
-@dataclass(frozen=True, slots=True)
-class TiledRows(PagedRows):
-    """Requests of any number of queries, cut into tiles already. All is read when kernels run, so that a
-    recording serves every step that has no more rows, and no more tiles, than it was made for.
-
-    Args:
-        tiles: int32 [2, tiles], as `cut` gives them. A request without queries makes a tile that is inert.
-    """
-
-    tiles: torch.Tensor

@@ -23,11 +23,12 @@ import torch
 
 from isobatch.kernels.attention.cudnn import attention_cudnn
 from isobatch.kernels.attention.gather import gather
-from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows, TiledRows, cut
+from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows, cut
 from isobatch.kernels.attention.triton import Tile, attention_contiguous, attention_listed, attention_tiled
 from isobatch.kernels.attention.triton_decode import Down, attention_down
 from isobatch.kernels.attention.triton_phases import Phases, attention_phases
 from isobatch.kernels.gpu.device import multiprocessors
+from isobatch.kernels.layout import TiledRows
 
 _WIDE = 128  # beyond this head size one block of keys and values fills half a multiprocessor
 _LIBRARY_QUERIES = 512
@@ -46,7 +47,7 @@ def _small(head_size: int) -> Tile:
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How a recording's requests, chunks and single queries alike, are cut and laid out.
+    """How a recording's requests, chunks and single queries alike, are cut.
 
     Args:
         heads: of the model.
@@ -62,17 +63,6 @@ class Tiling:
         """For each tile the request, and the tile's first row within it."""
         everyone, height = range(len(queries)), _small(self.head_size).rows
         return cut(queries, contexts, everyone, self.heads // self.kv_heads, height)
-
-    def rows(
-        self,
-        starts: torch.Tensor,
-        lengths: torch.Tensor,
-        tables: torch.Tensor,
-        slots: torch.Tensor,
-        tiles: torch.Tensor,
-    ) -> TiledRows:
-        """Rows whose tiles are read from the device; see `ops.queued.Tiling`."""
-        return TiledRows(starts, lengths, tables, slots, tiles)
 
 
 @dataclass(frozen=True, slots=True)

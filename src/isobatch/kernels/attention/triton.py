@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows, TiledRows
+from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
 from isobatch.kernels.attention.launch import begin, exponent_scale
 from isobatch.kernels.attention.triton_steps import (
     PAGE,
@@ -41,7 +41,7 @@ from isobatch.kernels.attention.triton_steps import (
     unseen_is_inert,
 )
 from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin
-from isobatch.kernels.layout import PagedRows
+from isobatch.kernels.layout import PagedRows, TiledRows
 
 
 @triton.jit
@@ -241,7 +241,10 @@ def attention_tiled(
 def attention_listed(
     q: torch.Tensor, cache: GpuKVCache, rows: TiledRows, scale: float, *, tile: Tile
 ) -> torch.Tensor:
-    """The same over tiles that are cut already, by a packed member.
+    """The same over tiles that are cut already.
+
+    Args: as of `attention_tiled`, but that `rows` has the tiles, cut for
+        tile: a packed member.
 
     Returns:
         Like q, contiguous. What belongs to no tile is anything.
