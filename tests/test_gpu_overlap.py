@@ -16,7 +16,7 @@ from isobatch.bits import bits_equal
 from isobatch.kernels.activation.triton import silu_and_mul
 from isobatch.kernels.data import floats
 from isobatch.kernels.gpu.device import device
-from isobatch.kernels.gpu.overlap import early, inputs_ready, overlaps
+from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin, overlaps
 from isobatch.kernels.linear.members import tile_named
 from isobatch.kernels.linear.triton import linear_tile
 from isobatch.kernels.rms_norm.triton import rms_norm
@@ -38,6 +38,25 @@ def _copy_kernel(x, y, COUNT: tl.constexpr, WAITS: tl.constexpr):
 def _copied(x: torch.Tensor, *, waits: bool) -> torch.Tensor:
     y = torch.empty_like(x)
     _copy_kernel[(x.numel() // 1024,)](x, y, COUNT=1024, WAITS=waits, **early())
+    return y
+
+
+@triton.jit
+def _late_kernel(x, y, elements, COUNT: tl.constexpr, SPINS: tl.constexpr):
+    """Copies, long after it has let the next kernel begin; few programs, so that those of the next find room."""
+    inputs_ready()
+    next_may_begin()
+    spun = 0.0
+    for _ in range(SPINS):
+        spun = tl.math.sin(spun + 1.0)
+    for begin in range(tl.program_id(0) * COUNT, elements, tl.num_programs(0) * COUNT):
+        at = begin + tl.arange(0, COUNT)
+        tl.store(y + at, tl.load(x + at), mask=spun < 2.0)
+
+
+def _late(x: torch.Tensor) -> torch.Tensor:
+    y = torch.empty_like(x)
+    _late_kernel[(64,)](x, y, x.numel(), COUNT=1024, SPINS=1000, **early())
     return y
 
 
@@ -100,5 +119,5 @@ def test_control_a_kernel_that_does_not_wait_is_caught(rows: int) -> None:
     def patient(x: torch.Tensor) -> torch.Tensor:
         return _copied(x, waits=True)
 
-    assert not _differs_in_a_graph([*_steps(rows), patient], rows)
-    assert _differs_in_a_graph([*_steps(rows), hasty], rows)
+    assert not _differs_in_a_graph([*_steps(rows), _late, patient], rows)
+    assert _differs_in_a_graph([*_steps(rows), _late, hasty], rows)

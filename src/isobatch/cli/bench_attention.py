@@ -70,6 +70,15 @@ class _Requests:
         order = random.Random(context).sample(range(requests * pages), requests * pages)
         self.tables = GpuPagedRows.upload(order).view(requests, pages)
         self.rows = self._rows(requests, queries, context)
+        self.own = None
+        if requests == 1 and queries == context:
+            self.own = [
+                tuple(
+                    pages[self.tables[0].long()].transpose(1, 2).flatten(0, 1)[:context]
+                    for pages in (c.k, c.v)
+                )
+                for c in self.caches
+            ]
         self._shape = requests, queries, context
 
     def _rows(self, requests: int, queries: int, context: int) -> GpuPagedRows:
@@ -79,8 +88,9 @@ class _Requests:
         return GpuPagedRows(starts, lengths, self.tables[:requests], starts.long(), *ints)
 
     def ours(self, attention: Attention, copy: int) -> torch.Tensor:
-        """Every request."""
-        return attention(self.q[copy], self.caches[copy], self.rows, self.scale)
+        """Every request; a fresh prompt with its own keys and values at hand, as a model has them."""
+        own = () if self.own is None else self.own[copy]
+        return attention(self.q[copy], self.caches[copy], self.rows, self.scale, *own)
 
     def alone(self, attention: Attention) -> torch.Tensor:
         """The first request, without the others."""

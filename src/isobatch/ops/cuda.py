@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -80,7 +82,7 @@ class CudaOps(QueuedOps):
         torch.cuda.synchronize(self.device)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with _nothing_freed(), torch.cuda.graph(graph, pool=self._pool):
             result = work()
 
         def replay(_inputs: object = work) -> None:
@@ -104,3 +106,15 @@ class CudaOps(QueuedOps):
             return here
 
         return wait
+
+
+@contextmanager
+def _nothing_freed() -> Iterator[None]:
+    """No garbage is collected meanwhile: a recording that is destroyed while another is made invalidates it."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()

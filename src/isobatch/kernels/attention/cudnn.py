@@ -50,7 +50,26 @@ def attention_cudnn(
     for r in chosen:
         begin, n = rows.begins[r], rows.queries[r]
         own = slice(origins[r], origins[r] + n)
-        heads = (t.transpose(0, 1)[None] for t in (q[begin : begin + n], key[own], value[own]))
-        run = torch.ops.aten._scaled_dot_product_cudnn_attention
-        out[begin : begin + n] = run(*heads, None, False, 0.0, True, False, scale=scale)[0][0].transpose(0, 1)
+        out[begin : begin + n] = fresh_prompt(q[begin : begin + n], key[own], value[own], scale)
     return out
+
+
+def fresh_prompt(q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """One prompt with as many keys as queries: what the library returns, which nothing needs to copy.
+
+    Args:
+        q: bf16 or fp16 [T, H, D], on the device, D contiguous.
+        key: likewise [T, Hkv, D].
+        value: likewise.
+        scale: of the scores, positive.
+
+    Returns:
+        Like q, contiguous.
+
+    Determinism:
+        As `attention_cudnn`.
+    """
+    heads = (t.transpose(0, 1)[None] for t in (q, key, value))
+    run = torch.ops.aten._scaled_dot_product_cudnn_attention
+    result = run(*heads, None, False, 0.0, True, False, scale=scale)
+    return result[0][0].transpose(0, 1).contiguous()

@@ -21,7 +21,7 @@ from typing import Literal
 
 import torch
 
-from isobatch.kernels.attention.cudnn import attention_cudnn
+from isobatch.kernels.attention.cudnn import attention_cudnn, fresh_prompt
 from isobatch.kernels.attention.gather import gather
 from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows, cut
 from isobatch.kernels.attention.triton import Tile, attention_contiguous, attention_listed, attention_tiled
@@ -107,6 +107,9 @@ class Attention:
         """
         if isinstance(rows, TiledRows):
             return attention_listed(q, cache, rows, scale, tile=_small(cache.k.shape[3]))
+        lone = key is not None and value is not None and rows.queries == (len(q),)
+        if lone and self.chunk_member(len(q), rows.contexts[0]) == "library":
+            return fresh_prompt(q, key, value, scale)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if rows.decodes:
             self._decode(q, cache, rows, scale, out)

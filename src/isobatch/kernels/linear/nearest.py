@@ -9,6 +9,9 @@ from isobatch.kernels.plan import Plan
 
 _NEIGHBOURS = 3
 _RANKS = 3
+# Up to so many rows, tiles that are fast between a model's other kernels, of which tables from before may not know.
+_FEW_ROWS = 16
+_FEW = ("16x64x128.4.8w", "16x64x256.4.4wtp1")
 
 
 def nearest(plan: Plan, shape: Shape) -> list[str]:
@@ -38,7 +41,7 @@ def _times(a: int, b: int) -> float:
 
 
 def promising(plan: Plan, shape: Shape, rows: int) -> list[str]:
-    """Names of a few members worth trying: the neighbours', the default tile, the library's first ranks.
+    """Names of a few members worth trying: the neighbours', our usual ones, the library's first ranks.
 
     Args:
         plan: with tables of linear; without any, less is tried.
@@ -46,4 +49,7 @@ def promising(plan: Plan, shape: Shape, rows: int) -> list[str]:
         rows: the bucket.
     """
     theirs = [name for key in nearest(plan, shape) for name in plan.names("linear", key, rows)]
-    return list(dict.fromkeys([*theirs, default(rows), *(f"lt{rows}.{rank}" for rank in range(_RANKS))]))
+    few = _FEW if rows <= _FEW_ROWS else ()
+    return list(
+        dict.fromkeys([*theirs, *few, default(rows), *(f"lt{rows}.{rank}" for rank in range(_RANKS))])
+    )

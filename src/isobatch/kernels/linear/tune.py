@@ -27,6 +27,7 @@ _TILES: tuple[tuple[int, int, tuple[str, ...]], ...] = (
         32,
         (
             "16x64x256.4.4wt",
+            "16x64x256.4.4wtp1",
             "16x64x128.4.8wt",
             "16x64x128.4.8w",
             "16x128x64.4.8w",
