@@ -43,7 +43,7 @@ def _copied(x: torch.Tensor, *, waits: bool) -> torch.Tensor:
 
 @triton.jit
 def _late_kernel(x, y, elements, COUNT: tl.constexpr, SPINS: tl.constexpr):
-    """Copies, long after it has let the next kernel begin; few programs, so that those of the next find room."""
+    """Copies, long after it has let the next kernel begin; so few programs that those find room."""
     inputs_ready()
     next_may_begin()
     spun = 0.0

@@ -74,6 +74,20 @@ def test_what_is_tried_is_certified_timed_and_the_fastest_kept(monkeypatch: pyte
     assert long.rows == 512
 
 
+@pytest.mark.parametrize(
+    ("rows", "ours", "first"),
+    [(16, 1.02, "ours"), (16, 1.04, "library"), (32, 1.02, "library")],
+    ids=["few", "much slower", "many"],
+)
+def test_at_few_rows_a_tile_of_ours_that_is_hardly_slower_goes_first(
+    rows: int, ours: float, first: str
+) -> None:
+    name = default(rows)
+    trial = Trial(rows, 1.0, ((f"lt{rows}.0", 1.0), (name, ours)), {})
+    assert trial.entry()[1][0] == (name if first == "ours" else f"lt{rows}.0")
+    assert set(trial.entry()[1]) == {name, f"lt{rows}.0"}
+
+
 def test_where_no_tile_of_ours_was_tried_the_default_is_kept_to_fall_back_on() -> None:
     assert Trial(8, 1.0, (("lt8.1", 1.0), ("lt8.0", 2.0)), {}).entry() == (8, ("lt8.1", "lt8.0", default(8)))
 

@@ -70,14 +70,12 @@ class _Requests:
         order = random.Random(context).sample(range(requests * pages), requests * pages)
         self.tables = GpuPagedRows.upload(order).view(requests, pages)
         self.rows = self._rows(requests, queries, context)
-        self.own = None
+        self.own: list[list[torch.Tensor]] | None = None
         if requests == 1 and queries == context:
+            own = self.tables[0].long()
             self.own = [
-                tuple(
-                    pages[self.tables[0].long()].transpose(1, 2).flatten(0, 1)[:context]
-                    for pages in (c.k, c.v)
-                )
-                for c in self.caches
+                [pages[own].transpose(1, 2).flatten(0, 1)[:context] for pages in (cache.k, cache.v)]
+                for cache in self.caches
             ]
         self._shape = requests, queries, context
 
@@ -89,7 +87,7 @@ class _Requests:
 
     def ours(self, attention: Attention, copy: int) -> torch.Tensor:
         """Every request; a fresh prompt with its own keys and values at hand, as a model has them."""
-        own = () if self.own is None else self.own[copy]
+        own = [] if self.own is None else self.own[copy]
         return attention(self.q[copy], self.caches[copy], self.rows, self.scale, *own)
 
     def alone(self, attention: Attention) -> torch.Tensor:

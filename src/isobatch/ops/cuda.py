@@ -110,7 +110,7 @@ class CudaOps(QueuedOps):
 
 @contextmanager
 def _nothing_freed() -> Iterator[None]:
-    """No garbage is collected meanwhile: a recording that is destroyed while another is made invalidates it."""
+    """No garbage is collected: a recording that is destroyed while another is made invalidates it."""
     on = gc.isenabled()
     gc.disable()
     try:

@@ -71,5 +71,5 @@ def fresh_prompt(q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale:
     """
     heads = (t.transpose(0, 1)[None] for t in (q, key, value))
     run = torch.ops.aten._scaled_dot_product_cudnn_attention
-    result = run(*heads, None, False, 0.0, True, False, scale=scale)
-    return result[0][0].transpose(0, 1).contiguous()
+    result: torch.Tensor = run(*heads, None, False, 0.0, True, False, scale=scale)[0]
+    return result[0].transpose(0, 1).contiguous()

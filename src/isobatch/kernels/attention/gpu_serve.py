@@ -107,8 +107,8 @@ class Attention:
         """
         if isinstance(rows, TiledRows):
             return attention_listed(q, cache, rows, scale, tile=_small(cache.k.shape[3]))
-        lone = key is not None and value is not None and rows.queries == (len(q),)
-        if lone and self.chunk_member(len(q), rows.contexts[0]) == "library":
+        lone = rows.queries == (len(q),) and self.chunk_member(len(q), rows.contexts[0]) == "library"
+        if lone and key is not None and value is not None:
             return fresh_prompt(q, key, value, scale)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if rows.decodes:

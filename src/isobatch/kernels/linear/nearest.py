@@ -9,7 +9,7 @@ from isobatch.kernels.plan import Plan
 
 _NEIGHBOURS = 3
 _RANKS = 3
-# Up to so many rows, tiles that are fast between a model's other kernels, of which tables from before may not know.
+# Up to so many rows, tiles that are fast among a model's other kernels; older tables may not know them.
 _FEW_ROWS = 16
 _FEW = ("16x64x128.4.8w", "16x64x256.4.4wtp1")
 
