@@ -115,7 +115,7 @@ class Trial:
         own = next((name for name in names if not name.startswith("lt")), default(self.rows))
         times = dict(self.times)
         if self.rows <= _FEW_ROWS and own in times and times[own] <= _OVERLAP * times[names[0]]:
-            names.insert(0, own)
+            names = list(dict.fromkeys([own, *names]))
         return self.rows, tuple(dict.fromkeys([*names[: _KEPT - 1], own]))
 
 
