@@ -35,6 +35,18 @@ def test_a_split_chosen_from_load_is_refused() -> None:
     assert verdict.refuted_by == "residue, 4 rows"
 
 
+@pytest.mark.parametrize("tile", ["16x64x256.4.4wtp1", "16x64x128.4.8w"], ids=["bulk copies", "pointers"])
+def test_no_rows_give_no_rows(tile: str, tmp_path: Path) -> None:
+    """A step in the middle of a long prompt asks for no logits at all."""
+    linear = Linear(
+        Plan("sm90", {"linear": {SMALL.key: ((None, (tile,)),)}}), Certificates(tmp_path / "none.json")
+    )
+    arguments = case(SMALL, "plain", 4)
+    none = linear(arguments.per_row["x"][:0], arguments.shared["weight"], None, torch.float32)
+    assert none.shape == (0, SMALL.outputs)
+    assert none.dtype == torch.float32
+
+
 @needs_gpu
 def test_torchs_own_linear_is_not_a_member() -> None:
     def linear(x: torch.Tensor, weight: DenseWeight, bias: Any, out_dtype: Any) -> torch.Tensor:

@@ -85,7 +85,7 @@ def _weights_kernel(
     scores, maxima, weights, alphas, sums, context_lengths, requests, blocks,
     G: tl.constexpr, HEADS: tl.constexpr, RUN: tl.constexpr, LOOK: tl.constexpr,
 ):  # fmt: skip
-    """Axes: run of blocks, key/value head, request. weights [.., B, HEADS, 128], alphas [.., B, HEADS],
+    """Axes: run of blocks, key/value head, request. weights [.., B, 128, HEADS], alphas [.., B, HEADS],
     sums [.., 4]."""
     inputs_ready()
     next_may_begin()
@@ -111,9 +111,8 @@ def _weights_kernel(
         x = tl.load(scores + key[:, None] * G + h[None, :], mask=mine[None, :], other=0.0)
         top = tl.maximum(m, tl.load(maxima + (base + n) * G + h, mask=mine, other=0.0))
         p = ex2(sub(x, tl.broadcast_to(top[None, :], (SPAN, HEADS))))
+        tl.store(weights + key[:, None] * HEADS + h[None, :], p.to(weights.dtype.element_ty))
         at = (base + n) * HEADS + h
-        j = tl.arange(0, SPAN)
-        tl.store(weights + at[:, None] * SPAN + j[None, :], tl.trans(p.to(weights.dtype.element_ty)))
         tl.store(alphas + at, ex2(sub(m, top)))
         tl.store(sums + at[:, None] * 4 + lane[None, :], lane_sums_down(p, HEADS))
         m = top
@@ -129,7 +128,7 @@ def _chain_blocks(
     pages = pages_of(table, begin, context)
     for start in tl.range(begin, end, SPAN, num_stages=STAGES):
         n = base + start // SPAN
-        p = tl.load(weights + (n * HEADS + h)[:, None] * SPAN + j[None, :])
+        p = tl.load(weights + (n * SPAN + j)[:, None] * HEADS + h[None, :])
         alpha = tl.load(alphas + n * HEADS + h)
         t = tl.load(sums + (n * HEADS + h)[:, None] * 4 + lane[None, :])
         at = v + page_rows(pages, block_stride, group * (PAGE * D), D, column, SLICE)
@@ -141,7 +140,7 @@ def _chain_blocks(
         else:
             vj = tl.load(at, mask=inside, other=0.0)
         pages = pages_of(table, start + SPAN, context)
-        acc = product(p, vj, acc * alpha[:, None])
+        acc = product(tl.trans(vj), p, acc * alpha[None, :])
         lanes = fma(lanes, tl.broadcast_to(alpha[:, None], (HEADS, 4)), t)
     return acc, lanes
 
@@ -153,7 +152,7 @@ def _chain_kernel(
     block_stride: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, SLICE: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Axes: slice of columns, key/value head, request."""
+    """Axes: slice of columns, key/value head, request. Columns run down: acc is [SLICE, HEADS]."""
     inputs_ready()
     next_may_begin()
     group, item = tl.program_id(1), tl.program_id(2)
@@ -168,7 +167,7 @@ def _chain_kernel(
     d = tl.program_id(0) * SLICE + tl.arange(0, SLICE)
     table = block_tables + request.to(tl.int64) * table_row
     base = (item * tl.num_programs(1) + group).to(tl.int64) * blocks
-    acc = tl.zeros((HEADS, SLICE), tl.float32)
+    acc = tl.zeros((SLICE, HEADS), tl.float32)
     lanes = tl.zeros((HEADS, 4), tl.float32)
     if context > 0:
         whole = context // SPAN * SPAN
@@ -180,9 +179,9 @@ def _chain_kernel(
             acc, lanes, weights, alphas, sums, v, table, whole, context, context, block_stride, base, group,
             D, HEADS, SLICE, True, 1,
         )  # fmt: skip
-    result = tl.where(context > 0, acc / row_total(lanes, HEADS)[:, None], 0.0)
-    to = row * out_row + ((group * G + h) * D)[:, None] + d[None, :]
-    tl.store(out + to, result.to(out.dtype.element_ty), mask=(h < G)[:, None] & (d < D)[None, :])
+    result = tl.where(context > 0, acc / row_total(lanes, HEADS)[None, :], 0.0)
+    to = row * out_row + ((group * G + h) * D)[None, :] + d[:, None]
+    tl.store(out + to, result.to(out.dtype.element_ty), mask=(h < G)[None, :] & (d < D)[:, None])
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +200,7 @@ class Phases:
     warps: int = 4
     stages: int = 6
     score_stages: int = 3
-    run: int = 8
+    run: int = 2
 
 
 def attention_phases(

@@ -135,6 +135,8 @@ class Linear:
             Float32 is a class of its own, without a plan or a tensor core, which would round it to TF32.
         """
         out_dtype = out_dtype or x.dtype
+        if not len(x):  # a step of which nothing is sampled; neither bulk copies nor the library know of none
+            return torch.empty(0, weight.outputs, dtype=out_dtype, device=x.device)
         if x.dtype == out_dtype == torch.float32:
             return linear_float32(x, weight, bias)
         shape = Shape(weight.outputs, weight.inputs, x.dtype, out_dtype, bias is not None)
