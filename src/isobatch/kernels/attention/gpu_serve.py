@@ -5,8 +5,10 @@ It was fitted on one H200: 32 heads over 8, head size 128, bf16.
 
 Decode, by programs = requests x key/value heads:
 - few programs and long contexts: the three phases, which share one request's keys among programs;
-- up to two programs per multiprocessor: keys down the tile, a deep pipeline, one program per multiprocessor;
-- more: sixteen rows, a shallow pipeline, so that several programs share a multiprocessor.
+- up to one program per multiprocessor: streamed, with all of a multiprocessor's shared memory for its rings;
+- up to four: streamed with rings of one block, so that three programs share a multiprocessor;
+- more: sixteen rows, a shallow pipeline.
+Where kernels in Gluon do not run, and for few keys, `down` takes the place of `streamed`.
 Chunks, by queries:
 - a fresh prompt of 512 tokens or more: the library, where it is certified;
 - 1,024 queries or more: keys copied out of their pages and read by the bulk copy engine;
@@ -27,16 +29,18 @@ from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows, cut
 from isobatch.kernels.attention.triton import Tile, attention_contiguous, attention_listed, attention_tiled
 from isobatch.kernels.attention.triton_decode import Down, attention_down
 from isobatch.kernels.attention.triton_phases import Phases, attention_phases
-from isobatch.kernels.gpu.device import multiprocessors
+from isobatch.kernels.gpu.device import gluon_runs, multiprocessors
 from isobatch.kernels.layout import TiledRows
 
 _WIDE = 128  # beyond this head size one block of keys and values fills half a multiprocessor
 _LIBRARY_QUERIES = 512
 _GATHER_QUERIES = 1024
-_PHASES_CONTEXT = 4096
 _PHASES_PROGRAMS = 32
+_PHASES_KEYS = 64  # per program, from which on three launches are worth it; twice as many without Gluon
+_STREAMED_CONTEXT = 512
+_SHARED = 4  # programs per multiprocessor that rings of one block are for
 
-Decode = Literal["tiles", "down", "phases"]
+Decode = Literal["tiles", "down", "streamed", "phases"]
 Chunk = Literal["tiles", "gathered", "library"]
 
 
@@ -73,11 +77,13 @@ class Attention:
         library: whether cuDNN is certified for the model's heads and dtype (`gpu_record.certify_library`).
         decode: the member for single queries; None leaves it to the rule.
         chunk: the member for chunks; None leaves it to the rule.
+        gluon: whether kernels in Gluon may serve, where they run.
     """
 
     library: bool = False
     decode: Decode | None = None
     chunk: Chunk | None = None
+    gluon: bool = True
 
     def __call__(
         self,
@@ -134,10 +140,18 @@ class Attention:
             return "tiles"
         if self.decode is not None:
             return self.decode
-        programs = requests * kv_heads
-        if programs <= _PHASES_PROGRAMS and context >= _PHASES_CONTEXT:
+        programs, gluon = requests * kv_heads, self._gluon(head_size)
+        keys = _PHASES_KEYS if gluon else 2 * _PHASES_KEYS
+        if programs <= _PHASES_PROGRAMS and context >= keys * programs:
             return "phases"
+        if gluon and multiprocessors() < programs <= _SHARED * multiprocessors():
+            return "streamed"
+        if gluon and programs <= multiprocessors() and context >= _STREAMED_CONTEXT:
+            return "streamed"
         return "down" if programs <= 2 * multiprocessors() and head_size <= _WIDE else "tiles"
+
+    def _gluon(self, head_size: int) -> bool:
+        return self.gluon and head_size <= _WIDE and gluon_runs()
 
     def _decode(
         self, q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float, out: torch.Tensor
@@ -146,8 +160,15 @@ class Attention:
         context = max(rows.contexts[r] for r in chosen)
         member = self.decode_member(len(chosen), kv_heads, q.shape[1] // kv_heads, D, context)
         if member == "phases":
-            attention_phases(q, cache, rows, scale, phases=Phases(), chosen=chosen, out=out)
-        elif member == "down":
+            phases = Phases(fed=self._gluon(D))
+            attention_phases(q, cache, rows, scale, phases=phases, chosen=chosen, out=out)
+        elif member == "streamed" and self._gluon(D):
+            from isobatch.kernels.attention.gluon_decode import Streamed, attention_streamed
+
+            alone = len(chosen) * kv_heads <= multiprocessors()
+            streamed = Streamed(3) if alone else Streamed(1, registers=128)
+            attention_streamed(q, cache, rows, scale, streamed=streamed, chosen=chosen, out=out)
+        elif member in ("streamed", "down"):
             down = Down(4, 3 if D <= _WIDE else 1)
             attention_down(q, cache, rows, scale, down=down, chosen=chosen, out=out)
         else:

@@ -33,7 +33,7 @@ from isobatch.kernels.attention.triton_steps import (
     product,
     row_total,
 )
-from isobatch.kernels.gpu.device import multiprocessors
+from isobatch.kernels.gpu.device import gluon_runs, multiprocessors
 from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin
 from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
 
@@ -85,7 +85,7 @@ def _weights_kernel(
     scores, maxima, weights, alphas, sums, context_lengths, requests, blocks,
     G: tl.constexpr, HEADS: tl.constexpr, RUN: tl.constexpr, LOOK: tl.constexpr,
 ):  # fmt: skip
-    """Axes: run of blocks, key/value head, request. weights [.., B, 128, HEADS], alphas [.., B, HEADS],
+    """Axes: run of blocks, key/value head, request. weights [.., B, G, 128], alphas [.., B, HEADS],
     sums [.., 4]."""
     inputs_ready()
     next_may_begin()
@@ -111,7 +111,9 @@ def _weights_kernel(
         x = tl.load(scores + key[:, None] * G + h[None, :], mask=mine[None, :], other=0.0)
         top = tl.maximum(m, tl.load(maxima + (base + n) * G + h, mask=mine, other=0.0))
         p = ex2(sub(x, tl.broadcast_to(top[None, :], (SPAN, HEADS))))
-        tl.store(weights + key[:, None] * HEADS + h[None, :], p.to(weights.dtype.element_ty))
+        j = tl.arange(0, SPAN)
+        to = ((base + n) * G + h)[:, None] * SPAN + j[None, :]
+        tl.store(weights + to, tl.trans(p.to(weights.dtype.element_ty)), mask=mine[:, None])
         at = (base + n) * HEADS + h
         tl.store(alphas + at, ex2(sub(m, top)))
         tl.store(sums + at[:, None] * 4 + lane[None, :], lane_sums_down(p, HEADS))
@@ -121,14 +123,15 @@ def _weights_kernel(
 @triton.jit
 def _chain_blocks(
     acc, lanes, weights, alphas, sums, v, table, begin, end, context, block_stride, base, group,
-    D: tl.constexpr, HEADS: tl.constexpr, SLICE: tl.constexpr, MASK: tl.constexpr, STAGES: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, SLICE: tl.constexpr, MASK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     h, lane, j = tl.arange(0, HEADS), tl.arange(0, 4), tl.arange(0, SPAN)
     column = tl.program_id(0) * SLICE
     pages = pages_of(table, begin, context)
     for start in tl.range(begin, end, SPAN, num_stages=STAGES):
         n = base + start // SPAN
-        p = tl.load(weights + (n * SPAN + j)[:, None] * HEADS + h[None, :])
+        p = tl.load(weights + (n * G + h)[None, :] * SPAN + j[:, None], mask=(h < G)[None, :], other=0.0)
         alpha = tl.load(alphas + n * HEADS + h)
         t = tl.load(sums + (n * HEADS + h)[:, None] * 4 + lane[None, :])
         at = v + page_rows(pages, block_stride, group * (PAGE * D), D, column, SLICE)
@@ -173,11 +176,11 @@ def _chain_kernel(
         whole = context // SPAN * SPAN
         acc, lanes = _chain_blocks(
             acc, lanes, weights, alphas, sums, v, table, 0, whole, context, block_stride, base, group,
-            D, HEADS, SLICE, False, STAGES,
+            G, D, HEADS, SLICE, False, STAGES,
         )  # fmt: skip
         acc, lanes = _chain_blocks(
             acc, lanes, weights, alphas, sums, v, table, whole, context, context, block_stride, base, group,
-            D, HEADS, SLICE, True, 1,
+            G, D, HEADS, SLICE, True, 1,
         )  # fmt: skip
     result = tl.where(context > 0, acc / row_total(lanes, HEADS)[None, :], 0.0)
     to = row * out_row + ((group * G + h) * D)[None, :] + d[:, None]
@@ -189,6 +192,7 @@ class Phases:
     """A member's free choices.
 
     Args:
+        fed: whether `gluon_chain.py` takes the chain where it runs; what follows of the chain is then unused.
         columns: of a slice in the chain. From 64 with four warps on, the warp-group instruction serves.
         warps: of the chain.
         stages: of the chain's pipeline.
@@ -196,11 +200,12 @@ class Phases:
         run: blocks that one program of the weights kernel takes.
     """
 
+    fed: bool = True
     columns: int = 64
     warps: int = 4
     stages: int = 6
     score_stages: int = 3
-    run: int = 2
+    run: int = 1
 
 
 def attention_phases(
@@ -235,7 +240,7 @@ def attention_phases(
     blocks = max(1, -(-max(rows.contexts[r] for r in chosen) // 128))
     size = R * kv_heads * blocks
     scores = torch.empty(size * 128 * G, dtype=torch.float32, device=q.device)
-    weights = torch.empty(size * 128 * heads, dtype=q.dtype, device=q.device)
+    weights = torch.empty(size * G, 128, dtype=q.dtype, device=q.device)
     small = torch.empty(6, size * heads, dtype=torch.float32, device=q.device)
     steps = min(blocks, max(1, -(-4 * multiprocessors() // (R * kv_heads))))
     _scores_kernel[(steps, kv_heads, R)](
@@ -248,6 +253,14 @@ def attention_phases(
         scores, small[0], weights, small[1], small[2:], rows.context_lengths, requests, blocks,
         G=G, HEADS=heads, RUN=phases.run, LOOK=128, num_warps=1, **early(),
     )  # fmt: skip
+    if phases.fed and gluon_runs():
+        from isobatch.kernels.attention.gluon_chain import chain
+
+        chain(
+            weights, small[1], small[2:], cache.v, out, rows.query_starts, rows.context_lengths, tables,
+            requests, count=R, blocks=blocks, group=G, padded=heads,
+        )  # fmt: skip
+        return out
     _chain_kernel[(-(-D // phases.columns), kv_heads, R)](
         weights, small[1], small[2:], cache.v, out, rows.query_starts, rows.context_lengths, tables,
         requests, out.stride(0), tables.stride(0), blocks,

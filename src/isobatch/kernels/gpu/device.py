@@ -56,6 +56,12 @@ def multiprocessors() -> int:
     return 4 if INTERPRETED else int(torch.cuda.get_device_properties(device()).multi_processor_count)
 
 
+@cache
+def gluon_runs() -> bool:
+    """Whether kernels in Gluon run: they are for Hopper, and Triton's interpreter does not know them."""
+    return architecture() == "sm90"
+
+
 def capturing() -> bool:
     """Whether the current stream records a graph, so that nothing may wait for a result."""
     return not INTERPRETED and torch.cuda.is_current_stream_capturing()

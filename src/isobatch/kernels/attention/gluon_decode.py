@@ -1,0 +1,277 @@
+"""Decode of one query per request on Hopper: two producer warps, four that sum; the order of `triton.py`.
+
+As `triton_decode.py` has it, keys run down the tile. What is new is who waits for what. Keys and values come
+in rings that the bulk copy engine fills, so that a program has many blocks on their way and 64 programs draw
+all of the memory's bandwidth; and the next block's scores are begun before this block's weights are taken.
+
+Triton's interpreter does not know Gluon: `triton_decode.py` is the text that runs on the CPU.
+
+Shape letters: R requests, H heads, Hkv key/value heads, G = H / Hkv, HEADS = G padded, D head size, PARTS of
+64 columns that a head is cut into.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from isobatch.kernels.attention.gluon_steps import (
+    COLUMNS,
+    PAGE,
+    SPAN,
+    barrier,
+    clear_slots,
+    fetch_half,
+    half_pages,
+    layout,
+    rows_of,
+)
+from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
+from isobatch.kernels.attention.launch import begin, exponent_scale
+from isobatch.kernels.attention.triton_steps import lane_sums_down, row_total
+from isobatch.kernels.gpu.overlap import early
+from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
+
+_HEADS = 8  # the narrowest side that the warp-group instruction has
+
+
+@gluon.jit
+def _refill(
+    source, ring, ready, free, kv_heads, group, n, pages, PARTS: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    s = n % STAGES
+    mbarrier.wait(free.index(s), (n // STAGES + 1) & 1)
+    mbarrier.expect(ready.index(s), source.block_type.nbytes * 8 * PARTS)
+    for part in gl.static_range(PARTS):
+        for half in gl.static_range(2):
+            at = ring.index(s * PARTS + part)
+            fetch_half(source, at, ready.index(s), pages[half], kv_heads, group, part * COLUMNS, half)
+
+
+@gluon.jit
+def _pages(table, n, last):
+    return half_pages(table, n, last, 0), half_pages(table, n, last, 1)
+
+
+@gluon.jit
+def _produce(
+    source, ring, ready, free, table, kv_heads, group, blocks, last_page, PARTS: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    # Two names in turn: a register that is copied is waited for, and the look-up would be ahead of nothing.
+    even = _pages(table, 0, last_page)
+    for n in range(0, blocks, 2):
+        odd = _pages(table, n + 1, last_page)
+        _refill(source, ring, ready, free, kv_heads, group, n, even, PARTS, STAGES)
+        even = _pages(table, n + 2, last_page)
+        if n + 1 < blocks:
+            _refill(source, ring, ready, free, kv_heads, group, n + 1, odd, PARTS, STAGES)
+
+
+@gluon.jit
+def _scores(keys, queries, s, PARTS: gl.constexpr, HEADS: gl.constexpr, across: gl.constexpr):
+    """Begins K q^T of the block in slot s: [128, HEADS]."""
+    x = gl.zeros([SPAN, HEADS], gl.float32, layout=across)
+    x = warpgroup_mma(
+        keys.index(s * PARTS), queries.index(0).permute((1, 0)), x, use_acc=False, is_async=True
+    )
+    if PARTS == 2:
+        x = warpgroup_mma(keys.index(s * PARTS + 1), queries.index(1).permute((1, 0)), x, is_async=True)
+    return x
+
+
+@gluon.jit
+def _consume(
+    queries, keys, values, weights, keys_ready, keys_free, values_ready, values_free, out, blocks, context, c,
+    heads, G: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr, PARTS: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    across: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEADS, 16]
+    )
+    # A thread has all keys of one lane for one head, so that the lane's chain is in its registers.
+    chains: gl.constexpr = gl.DistributedLinearLayout(
+        reg_bases=[[1, 0], [8, 0], [16, 0], [32, 0], [64, 0]],
+        lane_bases=[[2, 0], [4, 0], [0, 1], [0, 2], [0, 4]],
+        warp_bases=[[0, 8], [0, 0]] if HEADS == 16 else [[0, 0], [0, 0]],
+        block_bases=[],
+        shape=[128, HEADS],
+    )
+    by_lane: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0])
+    h = gl.arange(0, HEADS, layout=gl.SliceLayout(0, across))
+    j = gl.arange(0, SPAN, layout=gl.SliceLayout(1, across))
+    m = gl.full([HEADS], float("-inf"), gl.float32, layout=gl.SliceLayout(0, across))
+    lanes = gl.zeros([HEADS, 4], gl.float32, layout=by_lane)
+    acc0 = gl.zeros([COLUMNS, HEADS], gl.float32, layout=across)
+    acc1 = acc0
+    whole = context // SPAN
+    mbarrier.wait(keys_ready.index(0), 0, pred=blocks > 0)
+    x = warpgroup_mma_wait(0, deps=[_scores(keys, queries, 0, PARTS, HEADS, across)])
+    for n in range(blocks):
+        barrier()
+        s, after = n % STAGES, (n + 1) % STAGES
+        mbarrier.arrive(keys_free.index(s))
+        # After the last block the slot holds what it may: nobody looks at those scores.
+        mbarrier.wait(keys_ready.index(after), ((n + 1) // STAGES) & 1, pred=n + 1 < blocks)
+        coming = _scores(keys, queries, after, PARTS, HEADS, across)
+        x = mul(x, gl.full([SPAN, HEADS], 0.0, gl.float32, layout=across) + c)
+        x = gl.where((n * SPAN + j < context)[:, None], x, float("-inf"))
+        top = gl.maximum(m, gl.max(x, 0))
+        p = ex2(sub(x, top[None, :]))
+        alpha = ex2(sub(m, top))
+        m = top
+        weights.permute((1, 0)).store(p.to(weights.dtype))
+        fence_async_shared()
+        barrier()
+        mbarrier.wait(values_ready.index(s), (n // STAGES) & 1)
+        if n == whole:
+            for part in gl.static_range(PARTS):
+                clear_slots(values.index(s * PARTS + part), context - whole * SPAN)
+        acc0 = acc0 * alpha[None, :]
+        p_down = weights.permute((1, 0))
+        token0 = warpgroup_mma(values.index(s * PARTS).permute((1, 0)), p_down, acc0, is_async=True)
+        b = gl.convert_layout(alpha, gl.SliceLayout(1, by_lane))
+        t = gl.convert_layout(lane_sums_down(gl.convert_layout(p, chains), HEADS), by_lane)
+        lanes = fma(lanes, b[:, None], t)
+        if PARTS == 2:
+            acc1 = acc1 * alpha[None, :]
+            token1 = warpgroup_mma(values.index(s * PARTS + 1).permute((1, 0)), p_down, acc1, is_async=True)
+            acc0, acc1, x = warpgroup_mma_wait(0, deps=[token0, token1, coming])
+        else:
+            acc0, x = warpgroup_mma_wait(0, deps=[token0, coming])
+        barrier()
+        mbarrier.arrive(values_free.index(s))
+    gdc_launch_dependents()
+    total = gl.convert_layout(row_total(lanes, HEADS), gl.SliceLayout(0, across))
+    d = gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, across))
+    at = out + h[None, :] * D + d[:, None]
+    inside = (h < heads)[None, :] & (d < D)[:, None]
+    result = gl.where(blocks > 0, acc0 / total[None, :], 0.0)
+    gl.store(at, result.to(out.dtype.element_ty), mask=inside)
+    if PARTS == 2:
+        result = gl.where(blocks > 0, acc1 / total[None, :], 0.0)
+        inside = (h < heads)[None, :] & (d + COLUMNS < D)[:, None]
+        gl.store(at + COLUMNS, result.to(out.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def _decode_kernel(
+    q, k, v, out, query_starts, context_lengths, block_tables, requests, c,
+    q_row, q_head, out_row, table_row, kv_heads,
+    G: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
+    tile: gl.constexpr,
+):  # fmt: skip
+    """Axes: key/value head, request."""
+    keys = gl.allocate_shared_memory(k.dtype, [STAGES * PARTS, SPAN, COLUMNS], k.layout)
+    values = gl.allocate_shared_memory(k.dtype, [STAGES * PARTS, SPAN, COLUMNS], k.layout)
+    queries = gl.allocate_shared_memory(k.dtype, [PARTS, HEADS, COLUMNS], tile)
+    weights = gl.allocate_shared_memory(k.dtype, [HEADS, SPAN], tile)
+    keys_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    keys_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    values_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    values_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(STAGES):
+        mbarrier.init(keys_ready.index(s), count=1)
+        mbarrier.init(keys_free.index(s), count=1)
+        mbarrier.init(values_ready.index(s), count=1)
+        mbarrier.init(values_free.index(s), count=1)
+    gdc_wait()
+    group, request = gl.program_id(0), gl.program_id(1)
+    if requests is not None:
+        request = gl.load(requests + request)
+    context = gl.load(context_lengths + request)
+    row = gl.load(query_starts + request).to(gl.int64)
+    heads = gl.where(gl.load(query_starts + request + 1) > row, G, 0)
+    blocks = gl.where(heads > 0, gl.cdiv(context, SPAN), 0)
+    plain: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    h = gl.arange(0, HEADS, layout=gl.SliceLayout(1, plain))
+    d = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, plain))
+    for part in gl.static_range(PARTS):
+        at = q + row * q_row + (group * G + h)[:, None] * q_head + (part * COLUMNS + d)[None, :]
+        inside = (h < heads)[:, None] & (part * COLUMNS + d < D)[None, :]
+        queries.index(part).store(gl.load(at, mask=inside, other=0.0))
+    fence_async_shared()
+    table = block_tables + request.to(gl.int64) * table_row
+    last_page = gl.maximum(context - 1, 0) // PAGE
+    gl.warp_specialize(
+        [
+            (
+                _consume,
+                (
+                    queries, keys, values, weights, keys_ready, keys_free, values_ready, values_free,
+                    out + row * out_row + group * (G * D), blocks, context, c, heads,
+                    G, D, HEADS, PARTS, STAGES,
+                ),
+            ),
+            (
+                _produce,
+                (
+                    k, keys, keys_ready, keys_free, table, kv_heads, group, blocks, last_page,
+                    PARTS, STAGES,
+                ),
+            ),
+            (
+                _produce,
+                (
+                    v, values, values_ready, values_free, table, kv_heads, group, blocks,
+                    last_page, PARTS, STAGES,
+                ),
+            ),
+        ],
+        [1, 1],
+        [40, 40],
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """A member's free choices: blocks that a ring has room for, and registers of a thread at most."""
+
+    stages: int = 3
+    registers: int | None = None
+
+
+def attention_streamed(
+    q: torch.Tensor,
+    cache: GpuKVCache,
+    rows: GpuPagedRows,
+    scale: float,
+    *,
+    streamed: Streamed,
+    chosen: tuple[int, ...] | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Decode: one program per request and key/value head, heads of at most 128 numbers.
+
+    Args: as of `attention_tiled`, but that each of the chosen requests has one query, and
+        streamed: the member.
+
+    Returns:
+        out; a request whose context length on the device is 0 gets zeros.
+
+    Determinism:
+        A row depends on its query and on its request's keys and values up to its position.
+    """
+    chosen, out = begin(q, rows, chosen, out)
+    if chosen:
+        _, kv_heads, page, D = cache.k.shape
+        G = q.shape[1] // kv_heads
+        _decode_kernel[(kv_heads, len(chosen))](
+            q, rows_of(cache.k, page), rows_of(cache.v, page), out, rows.query_starts,
+            rows.context_lengths, rows.block_tables, rows.requests(chosen), exponent_scale(scale),
+            q.stride(0), q.stride(1), out.stride(0), rows.block_tables.stride(0), kv_heads,
+            G=G, D=D, HEADS=max(_HEADS, triton.next_power_of_2(G)), PARTS=-(-D // COLUMNS.value),
+            STAGES=streamed.stages, tile=layout(q.dtype), num_warps=4, maxnreg=streamed.registers, **early(),
+        )  # fmt: skip
+    return out

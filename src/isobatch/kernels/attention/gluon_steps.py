@@ -1,0 +1,73 @@
+"""What the kernels in Gluon share: how a producer fetches a block out of its pages.
+
+Triton's own pipeline asks for the next block's pages, waits for them and issues its copies between two
+products, and so puts their latency into every step of a chain that may not be shortened. In Gluon a producer
+warp does all that, several blocks ahead of the warps that sum.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# Names that later releases have changed.
+bulk_copy = tma.async_copy_global_to_shared if triton.__version__.startswith("3.6.") else tma.async_load
+barrier = gl.thread_barrier if triton.__version__.startswith("3.6.") else gl.barrier
+SPAN = gl.constexpr(128)
+PAGE = gl.constexpr(16)
+COLUMNS = gl.constexpr(64)  # of a part of a head: a row of what the tensor core reads whole
+
+
+@cache
+def layout(dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """Of tiles whose rows are 64 numbers."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=dtype.itemsize * 8, rank=2)
+
+
+def rows_of(tensor: torch.Tensor, rows: int, columns: int = COLUMNS.value) -> TensorDescriptor:
+    """For the bulk copy engine: pieces [rows, columns] of a contiguous tensor [..., D] that begin at any row.
+
+    What lies beyond the last column or row is read as zero.
+    """
+    flat = tensor.view(-1, tensor.shape[-1])
+    return TensorDescriptor(
+        flat, list(flat.shape), list(flat.stride()), [rows, columns], layout(tensor.dtype)
+    )
+
+
+@gluon.jit
+def half_pages(table, n, last, HALF: gl.constexpr):
+    """Four of block n's eight pages, asked for all at once; beyond the last page, that one again."""
+    i = n * 8 + HALF * 4
+    return (
+        gl.load(table + gl.minimum(i, last)),
+        gl.load(table + gl.minimum(i + 1, last)),
+        gl.load(table + gl.minimum(i + 2, last)),
+        gl.load(table + gl.minimum(i + 3, last)),
+    )
+
+
+@gluon.jit
+def fetch_half(source, block, ready, pages, kv_heads, group, column, HALF: gl.constexpr):
+    """Begins the copies of four pages' columns into their half of a block [128, 64]."""
+    for i in gl.static_range(4):
+        at = [(pages[i] * kv_heads + group) * PAGE, column]
+        bulk_copy(source, at, ready, block.slice((HALF * 4 + i) * PAGE, PAGE))
+
+
+@gluon.jit
+def clear_slots(values, filled):
+    """Zeros the slots after the last key: they hold anything, and a weight of zero is no help against NaN."""
+    row: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    j = gl.arange(0, SPAN, layout=gl.SliceLayout(1, row))
+    bare = values.load(row)
+    barrier()
+    values.store(gl.where((j < filled)[:, None], bare, 0.0).to(bare.dtype))
+    fence_async_shared()
+    barrier()
