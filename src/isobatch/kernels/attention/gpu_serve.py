@@ -36,8 +36,9 @@ _WIDE = 128  # beyond this head size one block of keys and values fills half a m
 _LIBRARY_QUERIES = 512
 _GATHER_QUERIES = 1024
 _PHASES_PROGRAMS = 32
-_PHASES_KEYS = 64  # per program, from which on three launches are worth it; twice as many without Gluon
+_PHASES_KEYS = 96  # per program, from which on three launches are worth it
 _STREAMED_CONTEXT = 512
+_STREAMED_LONG = 4096  # keys from which on a third block in the rings pays
 _SHARED = 4  # programs per multiprocessor that rings of one block are for
 
 Decode = Literal["tiles", "down", "streamed", "phases"]
@@ -141,8 +142,7 @@ class Attention:
         if self.decode is not None:
             return self.decode
         programs, gluon = requests * kv_heads, self._gluon(head_size)
-        keys = _PHASES_KEYS if gluon else 2 * _PHASES_KEYS
-        if programs <= _PHASES_PROGRAMS and context >= keys * programs:
+        if programs <= _PHASES_PROGRAMS and context >= _PHASES_KEYS * programs:
             return "phases"
         if gluon and multiprocessors() < programs <= _SHARED * multiprocessors():
             return "streamed"
@@ -165,8 +165,9 @@ class Attention:
         elif member == "streamed" and self._gluon(D):
             from isobatch.kernels.attention.gluon_decode import Streamed, attention_streamed
 
-            alone = len(chosen) * kv_heads <= multiprocessors()
-            streamed = Streamed(3) if alone else Streamed(1, registers=128)
+            shared = len(chosen) * kv_heads > multiprocessors()
+            stages = 1 if shared else 2 if context < _STREAMED_LONG else 3
+            streamed = Streamed(stages, registers=128 if stages < 3 else None)
             attention_streamed(q, cache, rows, scale, streamed=streamed, chosen=chosen, out=out)
         elif member in ("streamed", "down"):
             down = Down(4, 3 if D <= _WIDE else 1)
