@@ -95,8 +95,8 @@ class _Requests:
         _, queries, context = self._shape
         return attention(self.q[0][:queries], self.caches[0], self._rows(1, queries, context), self.scale)
 
-    def others(self) -> dict[str, Work]:
-        """What runs here of torch's backends and FlashAttention 3, by name."""
+    def others(self) -> tuple[dict[str, Work], dict[str, str]]:
+        """What runs here of torch's backends and FlashAttention 3, by name; and why the rest does not."""
         requests, queries, context = self._shape
         pieces, repeated = [], []
         for q, cache in zip(self.q, self.caches, strict=True):
@@ -132,15 +132,16 @@ class _Requests:
                 return flash3(q, k, v, self.scale)
 
             sides[_FLASH3] = run_flash3
-        return {name: side for name, side in sides.items() if _runs(side)}
+        refused = {name: reason for name, side in sides.items() if (reason := _refusal(side)) is not None}
+        return {name: side for name, side in sides.items() if name not in refused}, refused
 
 
-def _runs(work: Work) -> bool:
+def _refusal(work: Work) -> str | None:
     try:
         work(0)
-    except RuntimeError:
-        return False
-    return True
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {str(error)[:300]}"
+    return None
 
 
 def attention_points(limits: dict[str, float], progress: Callable[[str], None]) -> Iterator[Point]:
@@ -182,7 +183,7 @@ def _point(
     data = _Requests(heads, requests, queries, context, copies)
     if not bits_equal(data.ours(attention, 0)[:queries], data.alone(attention)):
         raise IntegrityError(f"{kind}, {requests} x {context}: a request alone differs")
-    others = data.others()
+    others, refused = data.others()
     ours, *times = microseconds([lambda copy: data.ours(attention, copy), *others.values()], copies)
     theirs = dict(zip(others, times, strict=True))
     torchs = [us for name, us in theirs.items() if name != _FLASH3]
@@ -198,6 +199,7 @@ def _point(
         "context": context,
         "isobatch_us": ours,
         "others_us": theirs,
+        "others_refused": refused,
         "ratio": ours / min(theirs.values() if kind == "decode" else torchs),
         "ratio_flash3": ours / theirs[_FLASH3] if _FLASH3 in theirs else None,
         "floor_us": floor,
