@@ -126,9 +126,10 @@ class _Requests:
         }
         flash3 = flash_attention_3()
         if flash3 is not None:
+            rows = [[t.transpose(1, 2).contiguous() for t in piece] for piece in pieces]
 
             def run_flash3(copy: int) -> torch.Tensor:
-                q, k, v = (t.transpose(1, 2) for t in pieces[copy])
+                q, k, v = rows[copy]
                 return flash3(q, k, v, self.scale)
 
             sides[_FLASH3] = run_flash3

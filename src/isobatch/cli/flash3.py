@@ -15,7 +15,7 @@ import torch
 _LIBRARY = "vllm_flash_attn/_vllm_fa3_C.abi3.so"
 # The call has no defaults.
 _NOT_USED = (
-    *("k_new", "v_new", "q_v", "out", "cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_k_new", "seqused_q"),
+    *("k_new", "v_new", "q_v", "out", "cu_seqlens_k_new", "seqused_q"),
     *("seqused_k", "page_table", "kv_batch_idx", "leftpad_k", "rotary_cos", "rotary_sin", "seqlens_rotary"),
     *("q_descale", "k_descale", "v_descale", "scheduler_metadata", "pack_gqa", "s_aux", "cp_tot_seqused_k"),
 )
@@ -36,12 +36,16 @@ def flash_attention_3() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, f
     torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        requests, queries, keys = len(q), q.shape[1], k.shape[1]
         out: torch.Tensor = torch.ops._vllm_fa3_C.fwd(
-            q=q,
-            k=k,
-            v=v,
-            max_seqlen_q=q.shape[1],
-            max_seqlen_k=k.shape[1],
+            q=q.flatten(0, 1),
+            k=k.flatten(0, 1),
+            v=v.flatten(0, 1),
+            # This build knows only requests of various lengths, one after the other.
+            cu_seqlens_q=_begins(requests, queries, q.device),
+            cu_seqlens_k=_begins(requests, keys, q.device),
+            max_seqlen_q=queries,
+            max_seqlen_k=keys,
             softmax_scale=scale,
             is_causal=True,
             window_size_left=-1,
@@ -54,6 +58,12 @@ def flash_attention_3() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, f
             cp_rank=0,
             **dict.fromkeys(_NOT_USED),
         )[0]
-        return out
+        return out.view(requests, queries, *out.shape[1:])
 
     return run
+
+
+@cache
+def _begins(requests: int, length: int, device: torch.device) -> torch.Tensor:
+    """Where each of equally long requests begins, and the end; kept, so that no timed run makes it."""
+    return torch.arange(0, (requests + 1) * length, length, dtype=torch.int32, device=device)
