@@ -136,9 +136,11 @@ def _on_gpu(arguments: argparse.Namespace) -> _Found:
 
 @contextmanager
 def _shown() -> Iterator[Callable[[str], None]]:
-    """Says what is being checked, while it is."""
-    with Console(stderr=True).status("") as status:
-        yield lambda what: status.update(
+    """Says what is being checked, while it is; in a log, line by line."""
+    console = Console(stderr=True)
+    with console.status("") as status:
+        tell = status.update if console.is_terminal else console.log
+        yield lambda what: tell(
             f"checking {what}; the first run on a machine compiles, which takes a minute or more"
         )
 
