@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -21,9 +26,11 @@ from isobatch.kernels.attention.gpu_record import (
 )
 from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
 from isobatch.kernels.attention.gpu_serve import Attention
-from isobatch.kernels.attention.triton import attention_row
+from isobatch.kernels.attention.triton import Tile, attention_row, attention_tiled
+from isobatch.kernels.attention.triton_decode import Down, attention_down
+from isobatch.kernels.attention.triton_phases import Phases, attention_phases
 from isobatch.kernels.bitclass import certify
-from isobatch.kernels.gpu.device import device, dtypes
+from isobatch.kernels.gpu.device import device, dtypes, gluon_runs
 from isobatch.kernels.layout import PagedRows
 from isobatch.kernels.registry import Member
 
@@ -104,6 +111,60 @@ def padded_requests_are_inert_and_zero() -> None:
         got = case.call(Member("padded", run, GPU_ATTENTION))[0]
         assert bits_equal(got[[0, 2]], expected[[0, 2]]), member.name
         assert bits_equal(got[1], torch.zeros_like(got[1])), member.name
+
+
+def requests_without_queries_are_inert() -> None:
+    """Whoever asks for all requests gets it right, whatever lengths lie on the device of those without."""
+    case = replace(draw("idle", 2, VARIANT), queries=((0, 5), (2, 130)))
+    decodes: dict[str, Any] = {
+        "tiles": partial(attention_tiled, tile=Tile(16, 1, 1, packed=True)),
+        "down": partial(attention_down, down=Down(1, 1)),
+        "phases": partial(attention_phases, phases=Phases()),
+        "phases without Gluon": partial(attention_phases, phases=Phases(fed=False)),
+    }
+    if gluon_runs():
+        from isobatch.kernels.attention.gluon_decode import Streamed, attention_streamed
+
+        decodes["streamed"] = partial(attention_streamed, streamed=Streamed())
+
+    def among(run: Any) -> Any:
+        def call(q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float) -> torch.Tensor:
+            lengths = rows.context_lengths.tolist()
+            rows = replace(
+                rows,
+                query_starts=GpuPagedRows.upload([0, 1, 2, 2]),
+                context_lengths=GpuPagedRows.upload([*lengths, 700]),
+                block_tables=torch.cat((rows.block_tables, rows.block_tables[:1])).repeat(1, 8),
+                queries=(1, 1, 0),
+                contexts=(*lengths, 0),
+                _made={},
+            )
+            out = torch.empty_like(q)
+            with guarded() as kept:
+                run(q, cache, rows, scale, out=out)
+            assert kept(), "wrote beyond the memory that it asked for"
+            return out
+
+        return call
+
+    expected = case.call(MEMBERS[0])[0]
+    for name, run in decodes.items():
+        assert bits_equal(case.call(Member(name, among(run), GPU_ATTENTION))[0], expected), name
+
+
+@contextmanager
+def guarded() -> Iterator[Callable[[], bool]]:
+    """Puts a guard behind all memory that is asked for; what it gives says whether all guards are whole."""
+    guards, plain = [], torch.empty
+
+    def empty(*shape: int, **options: Any) -> torch.Tensor:
+        size = math.prod(shape)
+        memory = plain(size + 4096, **options)
+        guards.append(memory[size:].fill_(7))
+        return memory[:size].view(shape)
+
+    with patch.object(torch, "empty", empty):
+        yield lambda: all(bool((guard == 7).all()) for guard in guards)
 
 
 def step_keys_spare_the_gather() -> None:

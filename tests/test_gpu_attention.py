@@ -22,6 +22,7 @@ CHECKS = (
     "blocks_and_stale_memory_are_free",
     "later_and_other_requests_nan_is_inert",
     "padded_requests_are_inert_and_zero",
+    "requests_without_queries_are_inert",
     "a_seen_infinity_is_what_the_sum_gives",
     "step_keys_spare_the_gather",
     "variant_kernels_are_refused",

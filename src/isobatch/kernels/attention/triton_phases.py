@@ -39,6 +39,13 @@ from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
 
 
 @triton.jit
+def _context(query_starts, context_lengths, request):
+    """Keys that a request's query sees: none without one, whatever its length, for there is no room."""
+    served = tl.load(query_starts + request + 1) > tl.load(query_starts + request)
+    return tl.where(served, tl.load(context_lengths + request), 0)
+
+
+@triton.jit
 def _scores_kernel(
     q, k, scores, maxima, query_starts, context_lengths, block_tables, requests, c,
     q_row, q_head, table_row, blocks,
@@ -52,7 +59,10 @@ def _scores_kernel(
     request = item
     if requests is not None:
         request = tl.load(requests + item)
-    context = tl.load(context_lengths + request)
+    context = _context(query_starts, context_lengths, request)
+    first = tl.program_id(0)
+    if first * SPAN >= context:
+        return
     row = tl.load(query_starts + request).to(tl.int64)
     h, d = tl.arange(0, HEADS), tl.arange(0, WIDTH)
     inside = (d < D)[None, :]
@@ -61,9 +71,6 @@ def _scores_kernel(
     table = block_tables + request.to(tl.int64) * table_row
     base = (item * tl.num_programs(1) + group).to(tl.int64) * blocks
     step = tl.num_programs(0)
-    first = tl.program_id(0)
-    if first * SPAN >= context:
-        return
     pages = pages_of(table, first * SPAN, context)
     for n in tl.range(first, tl.cdiv(context, SPAN), step, num_stages=STAGES):
         j = n * SPAN + tl.arange(0, SPAN)
@@ -82,7 +89,7 @@ def _scores_kernel(
 
 @triton.jit
 def _weights_kernel(
-    scores, maxima, weights, alphas, sums, context_lengths, requests, blocks,
+    scores, maxima, weights, alphas, sums, query_starts, context_lengths, requests, blocks,
     G: tl.constexpr, HEADS: tl.constexpr, RUN: tl.constexpr, LOOK: tl.constexpr,
 ):  # fmt: skip
     """Axes: run of blocks, key/value head, request. weights [.., B, G, 128], alphas [.., B, HEADS],
@@ -93,7 +100,7 @@ def _weights_kernel(
     request = item
     if requests is not None:
         request = tl.load(requests + item)
-    context = tl.load(context_lengths + request)
+    context = _context(query_starts, context_lengths, request)
     first = tl.program_id(0) * RUN
     last = tl.minimum(first + RUN, tl.cdiv(context, SPAN))
     h, lane = tl.arange(0, HEADS), tl.arange(0, 4)
@@ -250,8 +257,8 @@ def attention_phases(
         STAGES=phases.score_stages, num_warps=4, num_stages=phases.score_stages, **early(),
     )  # fmt: skip
     _weights_kernel[(-(-blocks // phases.run), kv_heads, R)](
-        scores, small[0], weights, small[1], small[2:], rows.context_lengths, requests, blocks,
-        G=G, HEADS=heads, RUN=phases.run, LOOK=128, num_warps=1, **early(),
+        scores, small[0], weights, small[1], small[2:], rows.query_starts, rows.context_lengths,
+        requests, blocks, G=G, HEADS=heads, RUN=phases.run, LOOK=128, num_warps=1, **early(),
     )  # fmt: skip
     if phases.fed and gluon_runs():
         from isobatch.kernels.attention.gluon_chain import chain
