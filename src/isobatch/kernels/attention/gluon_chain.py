@@ -12,7 +12,6 @@ The order is that of `_chain_kernel`, instruction by instruction. Triton's inter
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -32,13 +31,13 @@ from isobatch.kernels.attention.gluon_steps import (
     clear_slots,
     fetch_half,
     half_pages,
+    padded_heads,
     rows_of,
 )
 from isobatch.kernels.attention.triton_steps import row_total
 from isobatch.kernels.gpu.overlap import early
 from isobatch.kernels.gpu.ptx import fma
 
-_HEADS = 8  # the narrowest side that the warp-group instruction has
 _STAGES = 8
 
 
@@ -249,7 +248,7 @@ def chain(
         As of `attention_phases`.
     """
     _, kv_heads, page, D = v.shape
-    heads = max(_HEADS, triton.next_power_of_2(group))
+    heads = padded_heads(group)
     _chain_kernel[(-(-D // COLUMNS.value), kv_heads, count)](
         rows_of(v, page), rows_of(weights, heads, 128),
         alphas, sums, out, query_starts, context_lengths, block_tables, requests,

@@ -15,7 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -35,6 +34,7 @@ from isobatch.kernels.attention.gluon_steps import (
     fetch_half,
     half_pages,
     layout,
+    padded_heads,
     rows_of,
 )
 from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
@@ -42,8 +42,6 @@ from isobatch.kernels.attention.launch import begin, exponent_scale
 from isobatch.kernels.attention.triton_steps import lane_sums_down, row_total
 from isobatch.kernels.gpu.overlap import early
 from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
-
-_HEADS = 8  # the narrowest side that the warp-group instruction has
 
 
 @gluon.jit
@@ -271,7 +269,7 @@ def attention_streamed(
             q, rows_of(cache.k, page), rows_of(cache.v, page), out, rows.query_starts,
             rows.context_lengths, rows.block_tables, rows.requests(chosen), exponent_scale(scale),
             q.stride(0), q.stride(1), out.stride(0), rows.block_tables.stride(0), kv_heads,
-            G=G, D=D, HEADS=max(_HEADS, triton.next_power_of_2(G)), PARTS=-(-D // COLUMNS.value),
+            G=G, D=D, HEADS=padded_heads(G), PARTS=-(-D // COLUMNS.value),
             STAGES=streamed.stages, tile=layout(q.dtype), num_warps=4, maxnreg=streamed.registers, **early(),
         )  # fmt: skip
     return out

@@ -16,12 +16,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-# Names that later releases have changed.
-bulk_copy = tma.async_copy_global_to_shared if triton.__version__.startswith("3.6.") else tma.async_load
-barrier = gl.thread_barrier if triton.__version__.startswith("3.6.") else gl.barrier
+# Names that later releases have changed; where both are there, the older one only says so.
+bulk_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 SPAN = gl.constexpr(128)
 PAGE = gl.constexpr(16)
 COLUMNS = gl.constexpr(64)  # of a part of a head: a row of what the tensor core reads whole
+
+
+def padded_heads(heads: int) -> int:
+    """What heads of a group are padded to: the warp-group instruction's narrowest side, or a power of two."""
+    return max(8, int(triton.next_power_of_2(heads)))
 
 
 @cache

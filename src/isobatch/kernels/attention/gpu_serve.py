@@ -6,7 +6,7 @@ It was fitted on one H200: 32 heads over 8, head size 128, bf16.
 Decode, by programs = requests x key/value heads:
 - few programs and long contexts: the three phases, which share one request's keys among programs;
 - up to one program per multiprocessor: streamed, with all of a multiprocessor's shared memory for its rings;
-- up to four: streamed with rings of one block, so that three programs share a multiprocessor;
+- up to four: streamed with rings of one block, so that two programs share a multiprocessor;
 - more: sixteen rows, a shallow pipeline.
 Where kernels in Gluon do not run, and for few keys, `down` takes the place of `streamed`.
 Chunks, by queries:
@@ -140,7 +140,7 @@ class Attention:
         if group > 16:
             return "tiles"
         if self.decode is not None:
-            return self.decode
+            return "down" if self.decode == "streamed" and not self._gluon(head_size) else self.decode
         programs, gluon = requests * kv_heads, self._gluon(head_size)
         if programs <= _PHASES_PROGRAMS and context >= _PHASES_KEYS * programs:
             return "phases"
@@ -162,14 +162,14 @@ class Attention:
         if member == "phases":
             phases = Phases(fed=self._gluon(D))
             attention_phases(q, cache, rows, scale, phases=phases, chosen=chosen, out=out)
-        elif member == "streamed" and self._gluon(D):
+        elif member == "streamed":
             from isobatch.kernels.attention.gluon_decode import Streamed, attention_streamed
 
             shared = len(chosen) * kv_heads > multiprocessors()
             stages = 1 if shared else 2 if context < _STREAMED_LONG else 3
             streamed = Streamed(stages, registers=128 if stages < 3 else None)
             attention_streamed(q, cache, rows, scale, streamed=streamed, chosen=chosen, out=out)
-        elif member in ("streamed", "down"):
+        elif member == "down":
             down = Down(4, 3 if D <= _WIDE else 1)
             attention_down(q, cache, rows, scale, down=down, chosen=chosen, out=out)
         else:
