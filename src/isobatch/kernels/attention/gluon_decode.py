@@ -40,6 +40,7 @@ from isobatch.kernels.attention.gluon_steps import (
 from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
 from isobatch.kernels.attention.launch import begin, exponent_scale
 from isobatch.kernels.attention.triton_steps import lane_sums_down, row_total
+from isobatch.kernels.gpu.device import multiprocessors
 from isobatch.kernels.gpu.overlap import early
 from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
 
@@ -63,37 +64,94 @@ def _pages(table, n, last):
 
 
 @gluon.jit
-def _produce(
-    source, ring, ready, free, table, kv_heads, group, blocks, last_page, PARTS: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    # Two names in turn: a register that is copied is waited for, and the look-up would be ahead of nothing.
-    even = _pages(table, 0, last_page)
-    for n in range(0, blocks, 2):
-        odd = _pages(table, n + 1, last_page)
-        _refill(source, ring, ready, free, kv_heads, group, n, even, PARTS, STAGES)
-        even = _pages(table, n + 2, last_page)
-        if n + 1 < blocks:
-            _refill(source, ring, ready, free, kv_heads, group, n + 1, odd, PARTS, STAGES)
+def _context(context_lengths, query_starts, requests, item, items, kv_heads):
+    """(the request, its keys) of an item; beyond the last item, those of the last. Without queries, no keys."""
+    request = gl.minimum(item, items - 1) // kv_heads
+    if requests is not None:
+        request = gl.load(requests + request)
+    active = gl.load(query_starts + request + 1) > gl.load(query_starts + request)
+    return request, gl.where(active, gl.load(context_lengths + request), 0)
 
 
 @gluon.jit
-def _scores(keys, queries, s, PARTS: gl.constexpr, HEADS: gl.constexpr, across: gl.constexpr):
-    """Begins K q^T of the block in slot s: [128, HEADS]."""
+def _blocks(context):
+    """Of an item. One without keys has a block all the same, nothing of which is seen, so that all are alike."""
+    return gl.maximum(gl.cdiv(context, SPAN), 1)
+
+
+@gluon.jit
+def _last_page(context):
+    return gl.maximum(context - 1, 0) // PAGE
+
+
+@gluon.jit
+def _produce(
+    source, ring, ready, free, query_starts, context_lengths, block_tables, requests, table_row, kv_heads,
+    items, PARTS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    step, first = gl.num_programs(0), gl.program_id(0)
+    request, context = _context(context_lengths, query_starts, requests, first, items, kv_heads)
+    table = block_tables + request.to(gl.int64) * table_row
+    even = _pages(table, 0, _last_page(context))
+    # Who comes next is looked up two items before, and the first pages one before: loads that wait for loads.
+    request1, context1 = _context(context_lengths, query_starts, requests, first + step, items, kv_heads)
+    turn = 0
+    for item in range(first, items, step):
+        group, blocks, last = item % kv_heads, _blocks(context), _last_page(context)
+        table1 = block_tables + request1.to(gl.int64) * table_row
+        coming = _pages(table1, 0, _last_page(context1))
+        context = context1
+        request1, context1 = _context(
+            context_lengths, query_starts, requests, item + 2 * step, items, kv_heads
+        )
+        # Two names in turn: a register that is copied is waited for, and the look-up would be ahead of nothing.
+        for n in range(0, blocks, 2):
+            odd = _pages(table, n + 1, last)
+            _refill(source, ring, ready, free, kv_heads, group, turn + n, even, PARTS, STAGES)
+            if n + 2 < blocks:
+                even = _pages(table, n + 2, last)
+            if n + 1 < blocks:
+                _refill(source, ring, ready, free, kv_heads, group, turn + n + 1, odd, PARTS, STAGES)
+        turn += blocks
+        table, even = table1, coming
+
+
+@gluon.jit
+def _scores(keys, s, queries, which, PARTS: gl.constexpr, HEADS: gl.constexpr, across: gl.constexpr):
+    """Begins K q^T of the block in slot s, by one of two queries: [128, HEADS]."""
     x = gl.zeros([SPAN, HEADS], gl.float32, layout=across)
-    x = warpgroup_mma(
-        keys.index(s * PARTS), queries.index(0).permute((1, 0)), x, use_acc=False, is_async=True
-    )
+    first = queries.index(which * PARTS).permute((1, 0))
+    x = warpgroup_mma(keys.index(s * PARTS), first, x, use_acc=False, is_async=True)
     if PARTS == 2:
-        x = warpgroup_mma(keys.index(s * PARTS + 1), queries.index(1).permute((1, 0)), x, is_async=True)
+        second = queries.index(which * PARTS + 1).permute((1, 0))
+        x = warpgroup_mma(keys.index(s * PARTS + 1), second, x, is_async=True)
     return x
 
 
 @gluon.jit
+def _query(
+    q, query_starts, request, group, q_row, q_head, PARTS: gl.constexpr, G: gl.constexpr, D: gl.constexpr,
+    HEADS: gl.constexpr,
+):  # fmt: skip
+    """The parts of an item's query, [HEADS, 64] each."""
+    plain: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    h = gl.arange(0, HEADS, layout=gl.SliceLayout(1, plain))
+    d = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, plain))
+    row = gl.load(query_starts + request).to(gl.int64)
+    at = q + row * q_row + (group * G + h)[:, None] * q_head + d[None, :]
+    mine = (h < G)[:, None]
+    first = gl.load(at, mask=mine & (d < D)[None, :], other=0.0)
+    second = first
+    if PARTS == 2:
+        second = gl.load(at + COLUMNS, mask=mine & (d + COLUMNS < D)[None, :], other=0.0)
+    return first, second
+
+
+@gluon.jit
 def _consume(
-    queries, keys, values, weights, keys_ready, keys_free, values_ready, values_free, out, blocks, context, c,
-    heads, G: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr, PARTS: gl.constexpr,
-    STAGES: gl.constexpr,
+    q, queries, keys, values, weights, keys_ready, keys_free, values_ready, values_free, out, query_starts,
+    context_lengths, requests, c, q_row, q_head, out_row, kv_heads, items,
+    G: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     across: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEADS, 16]
@@ -109,71 +167,106 @@ def _consume(
     by_lane: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0])
     h = gl.arange(0, HEADS, layout=gl.SliceLayout(0, across))
     j = gl.arange(0, SPAN, layout=gl.SliceLayout(1, across))
-    m = gl.full([HEADS], float("-inf"), gl.float32, layout=gl.SliceLayout(0, across))
-    lanes = gl.zeros([HEADS, 4], gl.float32, layout=by_lane)
-    acc0 = gl.zeros([COLUMNS, HEADS], gl.float32, layout=across)
-    acc1 = acc0
-    whole = context // SPAN
-    mbarrier.wait(keys_ready.index(0), 0, pred=blocks > 0)
-    x = warpgroup_mma_wait(0, deps=[_scores(keys, queries, 0, PARTS, HEADS, across)])
-    for n in range(blocks):
-        barrier()
-        s, after = n % STAGES, (n + 1) % STAGES
-        mbarrier.arrive(keys_free.index(s))
-        # After the last block the slot holds what it may: nobody looks at those scores.
-        mbarrier.wait(keys_ready.index(after), ((n + 1) // STAGES) & 1, pred=n + 1 < blocks)
-        coming = _scores(keys, queries, after, PARTS, HEADS, across)
-        x = mul(x, gl.full([SPAN, HEADS], 0.0, gl.float32, layout=across) + c)
-        x = gl.where((n * SPAN + j < context)[:, None], x, float("-inf"))
-        top = gl.maximum(m, gl.max(x, 0))
-        p = ex2(sub(x, top[None, :]))
-        alpha = ex2(sub(m, top))
-        m = top
-        weights.permute((1, 0)).store(p.to(weights.dtype))
-        fence_async_shared()
-        barrier()
-        mbarrier.wait(values_ready.index(s), (n // STAGES) & 1)
-        if n == whole:
-            for part in gl.static_range(PARTS):
-                clear_slots(values.index(s * PARTS + part), context - whole * SPAN)
-        acc0 = acc0 * alpha[None, :]
-        p_down = weights.permute((1, 0))
-        token0 = warpgroup_mma(values.index(s * PARTS).permute((1, 0)), p_down, acc0, is_async=True)
-        b = gl.convert_layout(alpha, gl.SliceLayout(1, by_lane))
-        t = gl.convert_layout(lane_sums_down(gl.convert_layout(p, chains), HEADS), by_lane)
-        lanes = fma(lanes, b[:, None], t)
-        if PARTS == 2:
-            acc1 = acc1 * alpha[None, :]
-            token1 = warpgroup_mma(values.index(s * PARTS + 1).permute((1, 0)), p_down, acc1, is_async=True)
-            acc0, acc1, x = warpgroup_mma_wait(0, deps=[token0, token1, coming])
-        else:
-            acc0, x = warpgroup_mma_wait(0, deps=[token0, coming])
-        barrier()
-        mbarrier.arrive(values_free.index(s))
-    gdc_launch_dependents()
-    total = gl.convert_layout(row_total(lanes, HEADS), gl.SliceLayout(0, across))
     d = gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, across))
-    at = out + h[None, :] * D + d[:, None]
-    inside = (h < heads)[None, :] & (d < D)[:, None]
-    result = gl.where(blocks > 0, acc0 / total[None, :], 0.0)
-    gl.store(at, result.to(out.dtype.element_ty), mask=inside)
+    step, first = gl.num_programs(0), gl.program_id(0)
+    request, context = _context(context_lengths, query_starts, requests, first, items, kv_heads)
+    request1, context1 = _context(context_lengths, query_starts, requests, first + step, items, kv_heads)
+    q0, q1 = _query(q, query_starts, request, first % kv_heads, q_row, q_head, PARTS, G, D, HEADS)
+    queries.index(0).store(q0)
     if PARTS == 2:
-        result = gl.where(blocks > 0, acc1 / total[None, :], 0.0)
-        inside = (h < heads)[None, :] & (d + COLUMNS < D)[:, None]
-        gl.store(at + COLUMNS, result.to(out.dtype.element_ty), mask=inside)
+        queries.index(1).store(q1)
+    q0, q1 = _query(q, query_starts, request1, (first + step) % kv_heads, q_row, q_head, PARTS, G, D, HEADS)
+    fence_async_shared()
+    barrier()
+    mbarrier.wait(keys_ready.index(0), 0)
+    x = warpgroup_mma_wait(0, deps=[_scores(keys, 0, queries, 0, PARTS, HEADS, across)])
+    turn, which = 0, 0
+    for item in range(first, items, step):
+        row = gl.load(query_starts + request).to(gl.int64)
+        served = gl.load(query_starts + request + 1) > row
+        blocks, whole = _blocks(context), context // SPAN
+        # Asked for two items before they are needed: loads that wait for loads.
+        request2, context2 = _context(
+            context_lengths, query_starts, requests, item + 2 * step, items, kv_heads
+        )
+        r0, r1 = _query(
+            q, query_starts, request2, (item + 2 * step) % kv_heads, q_row, q_head, PARTS, G, D, HEADS
+        )
+        m = gl.full([HEADS], float("-inf"), gl.float32, layout=gl.SliceLayout(0, across))
+        lanes = gl.zeros([HEADS, 4], gl.float32, layout=by_lane)
+        acc0 = gl.zeros([COLUMNS, HEADS], gl.float32, layout=across)
+        acc1 = acc0
+        for n in range(blocks):
+            barrier()
+            s, after = turn % STAGES, (turn + 1) % STAGES
+            mbarrier.arrive(keys_free.index(s))
+            if n + 1 == blocks:
+                which = 1 - which
+                queries.index(which * PARTS).store(q0)
+                if PARTS == 2:
+                    queries.index(which * PARTS + 1).store(q1)
+                fence_async_shared()
+                barrier()
+            # After the last item's last block the slot holds what it may: nobody looks at those scores.
+            more = (n + 1 < blocks) | (item + step < items)
+            mbarrier.wait(keys_ready.index(after), ((turn + 1) // STAGES) & 1, pred=more)
+            coming = _scores(keys, after, queries, which, PARTS, HEADS, across)
+            x = mul(x, gl.full([SPAN, HEADS], 0.0, gl.float32, layout=across) + c)
+            x = gl.where((n * SPAN + j < context)[:, None], x, float("-inf"))
+            top = gl.maximum(m, gl.max(x, 0))
+            p = ex2(sub(x, top[None, :]))
+            alpha = ex2(sub(m, top))
+            m = top
+            weights.permute((1, 0)).store(p.to(weights.dtype))
+            fence_async_shared()
+            barrier()
+            mbarrier.wait(values_ready.index(s), (turn // STAGES) & 1)
+            if n == whole:
+                for part in gl.static_range(PARTS):
+                    clear_slots(values.index(s * PARTS + part), context - whole * SPAN)
+            acc0 = acc0 * alpha[None, :]
+            p_down = weights.permute((1, 0))
+            token0 = warpgroup_mma(values.index(s * PARTS).permute((1, 0)), p_down, acc0, is_async=True)
+            b = gl.convert_layout(alpha, gl.SliceLayout(1, by_lane))
+            t = gl.convert_layout(lane_sums_down(gl.convert_layout(p, chains), HEADS), by_lane)
+            lanes = fma(lanes, b[:, None], t)
+            if PARTS == 2:
+                acc1 = acc1 * alpha[None, :]
+                token1 = warpgroup_mma(
+                    values.index(s * PARTS + 1).permute((1, 0)), p_down, acc1, is_async=True
+                )
+                acc0, acc1, x = warpgroup_mma_wait(0, deps=[token0, token1, coming])
+            else:
+                acc0, x = warpgroup_mma_wait(0, deps=[token0, coming])
+            barrier()
+            mbarrier.arrive(values_free.index(s))
+            turn += 1
+        total = gl.convert_layout(row_total(lanes, HEADS), gl.SliceLayout(0, across))
+        at = out + row * out_row + (item % kv_heads) * (G * D) + h[None, :] * D + d[:, None]
+        mine = (served & (h < G))[None, :]
+        result = gl.where(context > 0, acc0 / total[None, :], 0.0)
+        gl.store(at, result.to(out.dtype.element_ty), mask=mine & (d < D)[:, None])
+        if PARTS == 2:
+            result = gl.where(context > 0, acc1 / total[None, :], 0.0)
+            inside = mine & (d + COLUMNS < D)[:, None]
+            gl.store(at + COLUMNS, result.to(out.dtype.element_ty), mask=inside)
+        request, request1 = request1, request2
+        context, context1 = context1, context2
+        q0, q1 = r0, r1
+    gdc_launch_dependents()
 
 
 @gluon.jit
 def _decode_kernel(
     q, k, v, out, query_starts, context_lengths, block_tables, requests, c,
-    q_row, q_head, out_row, table_row, kv_heads,
+    q_row, q_head, out_row, table_row, kv_heads, items,
     G: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
     tile: gl.constexpr,
 ):  # fmt: skip
-    """Axes: key/value head, request."""
+    """Axis: a program's first item; an item is a key/value head of a request."""
     keys = gl.allocate_shared_memory(k.dtype, [STAGES * PARTS, SPAN, COLUMNS], k.layout)
     values = gl.allocate_shared_memory(k.dtype, [STAGES * PARTS, SPAN, COLUMNS], k.layout)
-    queries = gl.allocate_shared_memory(k.dtype, [PARTS, HEADS, COLUMNS], tile)
+    queries = gl.allocate_shared_memory(k.dtype, [2 * PARTS, HEADS, COLUMNS], tile)
     weights = gl.allocate_shared_memory(k.dtype, [HEADS, SPAN], tile)
     keys_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     keys_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -184,51 +277,35 @@ def _decode_kernel(
         mbarrier.init(keys_free.index(s), count=1)
         mbarrier.init(values_ready.index(s), count=1)
         mbarrier.init(values_free.index(s), count=1)
-    gdc_wait()
-    group, request = gl.program_id(0), gl.program_id(1)
-    if requests is not None:
-        request = gl.load(requests + request)
-    context = gl.load(context_lengths + request)
-    row = gl.load(query_starts + request).to(gl.int64)
-    heads = gl.where(gl.load(query_starts + request + 1) > row, G, 0)
-    blocks = gl.where(heads > 0, gl.cdiv(context, SPAN), 0)
-    plain: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    h = gl.arange(0, HEADS, layout=gl.SliceLayout(1, plain))
-    d = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, plain))
-    for part in gl.static_range(PARTS):
-        at = q + row * q_row + (group * G + h)[:, None] * q_head + (part * COLUMNS + d)[None, :]
-        inside = (h < heads)[:, None] & (part * COLUMNS + d < D)[None, :]
-        queries.index(part).store(gl.load(at, mask=inside, other=0.0))
     fence_async_shared()
-    table = block_tables + request.to(gl.int64) * table_row
-    last_page = gl.maximum(context - 1, 0) // PAGE
+    gdc_wait()
     gl.warp_specialize(
         [
             (
                 _consume,
                 (
-                    queries, keys, values, weights, keys_ready, keys_free, values_ready, values_free,
-                    out + row * out_row + group * (G * D), blocks, context, c, heads,
+                    q, queries, keys, values, weights, keys_ready, keys_free, values_ready, values_free, out,
+                    query_starts, context_lengths, requests, c, q_row, q_head, out_row, kv_heads, items,
                     G, D, HEADS, PARTS, STAGES,
                 ),
             ),
             (
                 _produce,
                 (
-                    k, keys, keys_ready, keys_free, table, kv_heads, group, blocks, last_page,
-                    PARTS, STAGES,
+                    k, keys, keys_ready, keys_free, query_starts, context_lengths, block_tables, requests,
+                    table_row, kv_heads, items, PARTS, STAGES,
                 ),
             ),
             (
                 _produce,
                 (
-                    v, values, values_ready, values_free, table, kv_heads, group, blocks,
-                    last_page, PARTS, STAGES,
+                    v, values, values_ready, values_free, query_starts, context_lengths, block_tables,
+                    requests, table_row, kv_heads, items, PARTS, STAGES,
                 ),
             ),
         ],
         [1, 1],
-        [40, 40],
+        [56, 56],
     )  # fmt: skip
 
 
@@ -238,6 +315,7 @@ class Streamed:
 
     stages: int = 3
     registers: int | None = None
+    programs: int = 1
 
 
 def attention_streamed(
@@ -265,10 +343,12 @@ def attention_streamed(
     if chosen:
         _, kv_heads, page, D = cache.k.shape
         G = q.shape[1] // kv_heads
-        _decode_kernel[(kv_heads, len(chosen))](
+        items = kv_heads * len(chosen)
+        programs = streamed.programs * multiprocessors()
+        _decode_kernel[(min(items, programs),)](
             q, rows_of(cache.k, page), rows_of(cache.v, page), out, rows.query_starts,
             rows.context_lengths, rows.block_tables, rows.requests(chosen), exponent_scale(scale),
-            q.stride(0), q.stride(1), out.stride(0), rows.block_tables.stride(0), kv_heads,
+            q.stride(0), q.stride(1), out.stride(0), rows.block_tables.stride(0), kv_heads, items,
             G=G, D=D, HEADS=padded_heads(G), PARTS=-(-D // COLUMNS.value),
             STAGES=streamed.stages, tile=layout(q.dtype), num_warps=4, maxnreg=streamed.registers, **early(),
         )  # fmt: skip
