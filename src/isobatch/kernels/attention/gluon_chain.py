@@ -29,9 +29,9 @@ from isobatch.kernels.attention.gluon_steps import (
     barrier,
     bulk_copy,
     clear_slots,
-    fetch_half,
-    half_pages,
+    fetch_pair,
     padded_heads,
+    pair_of_pages,
     rows_of,
 )
 from isobatch.kernels.attention.triton_steps import row_total
@@ -44,38 +44,38 @@ _STAGES = 8
 @gluon.jit
 def _refill(
     v, weights, values_ring, weights_ring, ready, free, kv_heads, group, column, first_row, n, pages,
-    G: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr,
+    G: gl.constexpr, STAGES: gl.constexpr, PAIR: gl.constexpr,
 ):  # fmt: skip
     s = n % STAGES
     mbarrier.wait(free.index(s), (n // STAGES + 1) & 1)
-    size: gl.constexpr = v.block_type.nbytes * 4 + (weights.block_type.nbytes if HALF == 0 else 0)
+    size: gl.constexpr = v.block_type.nbytes * 2 + (weights.block_type.nbytes if PAIR == 0 else 0)
     mbarrier.expect(ready.index(s), size)
-    if HALF == 0:
+    if PAIR == 0:
         at = [first_row + n * G, 0]
         bulk_copy(weights, at, ready.index(s), weights_ring.index(s))
-    fetch_half(v, values_ring.index(s), ready.index(s), pages, kv_heads, group, column, HALF)
+    fetch_pair(v, values_ring.index(s), ready.index(s), pages, kv_heads, group, column, PAIR)
 
 
 @gluon.jit
 def _produce(
     v, weights, values_ring, weights_ring, ready, free, table, kv_heads, group, column, first_row, blocks,
-    last_page, G: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr,
+    last_page, G: gl.constexpr, STAGES: gl.constexpr, PAIR: gl.constexpr,
 ):  # fmt: skip
-    """Fetches half of each block's pages, and the first of two warps its weights: one alone can't issue all
-    copies in the time that the consumers take."""
+    """Fetches two of each block's pages, and the first of four warps its weights: fewer can't issue all copies
+    in the time that the consumers take."""
     # Two names in turn: a register that is copied is waited for, and the look-up would be ahead of nothing.
-    even = half_pages(table, 0, last_page, HALF)
+    even = pair_of_pages(table, 0, last_page, PAIR)
     for n in range(0, blocks, 2):
-        odd = half_pages(table, n + 1, last_page, HALF)
+        odd = pair_of_pages(table, n + 1, last_page, PAIR)
         _refill(
             v, weights, values_ring, weights_ring, ready, free, kv_heads, group, column, first_row, n, even,
-            G, STAGES, HALF,
+            G, STAGES, PAIR,
         )  # fmt: skip
-        even = half_pages(table, n + 2, last_page, HALF)
+        even = pair_of_pages(table, n + 2, last_page, PAIR)
         if n + 1 < blocks:
             _refill(
                 v, weights, values_ring, weights_ring, ready, free, kv_heads, group, column, first_row, n + 1,
-                odd, G, STAGES, HALF,
+                odd, G, STAGES, PAIR,
             )  # fmt: skip
 
 
@@ -84,9 +84,9 @@ def _scales(alphas, sums, n, h, g, lane, PADDED: gl.constexpr):
     """Block n's alphas, for acc and for the lanes, and its lane sums."""
     at = n * PADDED
     return (
-        gl.load(alphas + at + h),
-        gl.load(alphas + at + g),
-        gl.load(sums + (at + g)[:, None] * 4 + lane[None, :]),
+        gl.load(alphas + at + h % PADDED),
+        gl.load(alphas + at + g % PADDED),
+        gl.load(sums + (at + g % PADDED)[:, None] * 4 + lane[None, :]),
     )
 
 
@@ -178,7 +178,7 @@ def _chain_kernel(
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
-        mbarrier.init(ready.index(s), count=2)
+        mbarrier.init(ready.index(s), count=4)
         mbarrier.init(free.index(s), count=1)
     fence_async_shared()
     gl.warp_specialize(
@@ -205,9 +205,23 @@ def _chain_kernel(
                     base * G, blocks, last_page, G, STAGES, 1,
                 ),
             ),
+            (
+                _produce,
+                (
+                    v, weights, values_ring, weights_ring, ready, free, table, kv_heads, group, column,
+                    base * G, blocks, last_page, G, STAGES, 2,
+                ),
+            ),
+            (
+                _produce,
+                (
+                    v, weights, values_ring, weights_ring, ready, free, table, kv_heads, group, column,
+                    base * G, blocks, last_page, G, STAGES, 3,
+                ),
+            ),
         ],
-        [1, 1],
-        [40, 40],
+        [1, 1, 1, 1],
+        [32, 32, 32, 32],
     )  # fmt: skip
 
 

@@ -31,10 +31,10 @@ from isobatch.kernels.attention.gluon_steps import (
     SPAN,
     barrier,
     clear_slots,
-    fetch_half,
-    half_pages,
+    fetch_pair,
     layout,
     padded_heads,
+    pair_of_pages,
     rows_of,
 )
 from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
@@ -53,14 +53,19 @@ def _refill(
     mbarrier.wait(free.index(s), (n // STAGES + 1) & 1)
     mbarrier.expect(ready.index(s), source.block_type.nbytes * 8 * PARTS)
     for part in gl.static_range(PARTS):
-        for half in gl.static_range(2):
+        for pair in gl.static_range(4):
             at = ring.index(s * PARTS + part)
-            fetch_half(source, at, ready.index(s), pages[half], kv_heads, group, part * COLUMNS, half)
+            fetch_pair(source, at, ready.index(s), pages[pair], kv_heads, group, part * COLUMNS, pair)
 
 
 @gluon.jit
 def _pages(table, n, last):
-    return half_pages(table, n, last, 0), half_pages(table, n, last, 1)
+    return (
+        pair_of_pages(table, n, last, 0),
+        pair_of_pages(table, n, last, 1),
+        pair_of_pages(table, n, last, 2),
+        pair_of_pages(table, n, last, 3),
+    )
 
 
 @gluon.jit

@@ -47,23 +47,18 @@ def rows_of(tensor: torch.Tensor, rows: int, columns: int = COLUMNS.value) -> Te
 
 
 @gluon.jit
-def half_pages(table, n, last, HALF: gl.constexpr):
-    """Four of block n's eight pages, asked for all at once; beyond the last page, that one again."""
-    i = n * 8 + HALF * 4
-    return (
-        gl.load(table + gl.minimum(i, last)),
-        gl.load(table + gl.minimum(i + 1, last)),
-        gl.load(table + gl.minimum(i + 2, last)),
-        gl.load(table + gl.minimum(i + 3, last)),
-    )
+def pair_of_pages(table, n, last, PAIR: gl.constexpr):
+    """Two of block n's eight pages; beyond the last page, that one again."""
+    i = n * 8 + PAIR * 2
+    return gl.load(table + gl.minimum(i, last)), gl.load(table + gl.minimum(i + 1, last))
 
 
 @gluon.jit
-def fetch_half(source, block, ready, pages, kv_heads, group, column, HALF: gl.constexpr):
-    """Begins the copies of four pages' columns into their half of a block [128, 64]."""
-    for i in gl.static_range(4):
+def fetch_pair(source, block, ready, pages, kv_heads, group, column, PAIR: gl.constexpr):
+    """Begins the copies of two pages' columns into their place in a block [128, 64]."""
+    for i in gl.static_range(2):
         at = [(pages[i] * kv_heads + group) * PAGE, column]
-        bulk_copy(source, at, ready, block.slice((HALF * 4 + i) * PAGE, PAGE))
+        bulk_copy(source, at, ready, block.slice((PAIR * 2 + i) * PAGE, PAGE))
 
 
 @gluon.jit

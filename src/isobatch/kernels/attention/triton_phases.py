@@ -37,6 +37,10 @@ from isobatch.kernels.gpu.device import gluon_runs, multiprocessors
 from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin
 from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
 
+_LEAST_PADDED = 4  # heads
+# Programs of the scores that share a multiprocessor: with room for one block each, and for three.
+_BRIEF, _DEEP = 6, 2
+
 
 @triton.jit
 def _context(query_starts, context_lengths, request):
@@ -93,7 +97,7 @@ def _weights_kernel(
     G: tl.constexpr, HEADS: tl.constexpr, RUN: tl.constexpr, LOOK: tl.constexpr,
 ):  # fmt: skip
     """Axes: run of blocks, key/value head, request. weights [.., B, G, 128], alphas [.., B, HEADS],
-    sums [.., 4]."""
+    sums [.., 4]; HEADS pads G for the compiler, not for the tensor core."""
     inputs_ready()
     next_may_begin()
     group, item = tl.program_id(1), tl.program_id(2)
@@ -130,8 +134,8 @@ def _weights_kernel(
 @triton.jit
 def _chain_blocks(
     acc, lanes, weights, alphas, sums, v, table, begin, end, context, block_stride, base, group,
-    G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, SLICE: tl.constexpr, MASK: tl.constexpr,
-    STAGES: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr, SLICE: tl.constexpr,
+    MASK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     h, lane, j = tl.arange(0, HEADS), tl.arange(0, 4), tl.arange(0, SPAN)
     column = tl.program_id(0) * SLICE
@@ -139,8 +143,8 @@ def _chain_blocks(
     for start in tl.range(begin, end, SPAN, num_stages=STAGES):
         n = base + start // SPAN
         p = tl.load(weights + (n * G + h)[None, :] * SPAN + j[:, None], mask=(h < G)[None, :], other=0.0)
-        alpha = tl.load(alphas + n * HEADS + h)
-        t = tl.load(sums + (n * HEADS + h)[:, None] * 4 + lane[None, :])
+        alpha = tl.load(alphas + n * PADDED + h % PADDED)
+        t = tl.load(sums + (n * PADDED + h % PADDED)[:, None] * 4 + lane[None, :])
         at = v + page_rows(pages, block_stride, group * (PAGE * D), D, column, SLICE)
         inside = (column + tl.arange(0, SLICE) < D)[None, :]
         if MASK:
@@ -159,8 +163,8 @@ def _chain_blocks(
 def _chain_kernel(
     weights, alphas, sums, v, out, query_starts, context_lengths, block_tables, requests,
     out_row, table_row, blocks,
-    block_stride: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, SLICE: tl.constexpr,
-    STAGES: tl.constexpr,
+    block_stride: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr,
+    SLICE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Axes: slice of columns, key/value head, request. Columns run down: acc is [SLICE, HEADS]."""
     inputs_ready()
@@ -183,11 +187,11 @@ def _chain_kernel(
         whole = context // SPAN * SPAN
         acc, lanes = _chain_blocks(
             acc, lanes, weights, alphas, sums, v, table, 0, whole, context, block_stride, base, group,
-            G, D, HEADS, SLICE, False, STAGES,
+            G, D, HEADS, PADDED, SLICE, False, STAGES,
         )  # fmt: skip
         acc, lanes = _chain_blocks(
             acc, lanes, weights, alphas, sums, v, table, whole, context, context, block_stride, base, group,
-            G, D, HEADS, SLICE, True, 1,
+            G, D, HEADS, PADDED, SLICE, True, 1,
         )  # fmt: skip
     result = tl.where(context > 0, acc / row_total(lanes, HEADS)[None, :], 0.0)
     to = row * out_row + ((group * G + h) * D)[None, :] + d[:, None]
@@ -243,35 +247,39 @@ def attention_phases(
         return out
     requests, tables = rows.requests(chosen), rows.block_tables
     shape = group_shape(q, cache)
-    G, D, heads = shape["G"], shape["D"], shape["HEADS"]
+    G, D = shape["G"], shape["D"]
+    padded = max(_LEAST_PADDED, triton.next_power_of_2(G))
     blocks = max(1, -(-max(rows.contexts[r] for r in chosen) // 128))
     size = R * kv_heads * blocks
     scores = torch.empty(size * 128 * G, dtype=torch.float32, device=q.device)
     weights = torch.empty(size * G, 128, dtype=q.dtype, device=q.device)
-    small = torch.empty(6, size * heads, dtype=torch.float32, device=q.device)
-    steps = min(blocks, max(1, -(-4 * multiprocessors() // (R * kv_heads))))
+    small = torch.empty(6, size * padded, dtype=torch.float32, device=q.device)
+    groups, places = R * kv_heads, multiprocessors()
+    # A block for each program while all find a place at once; else few programs with deep pipelines.
+    brief = blocks * groups <= _BRIEF * places
+    steps, stages = (blocks, 1) if brief else (max(1, _DEEP * places // groups), phases.score_stages)
     _scores_kernel[(steps, kv_heads, R)](
         q, cache.k, scores, small[0], rows.query_starts, rows.context_lengths, tables, requests,
         exponent_scale(scale), q.stride(0), q.stride(1), tables.stride(0), blocks,
         **shape, WIDTH=triton.next_power_of_2(D),
-        STAGES=phases.score_stages, num_warps=4, num_stages=phases.score_stages, **early(),
+        STAGES=stages, num_warps=4, num_stages=stages, **early(),
     )  # fmt: skip
     _weights_kernel[(-(-blocks // phases.run), kv_heads, R)](
         scores, small[0], weights, small[1], small[2:], rows.query_starts, rows.context_lengths,
-        requests, blocks, G=G, HEADS=heads, RUN=phases.run, LOOK=128, num_warps=1, **early(),
+        requests, blocks, G=G, HEADS=padded, RUN=phases.run, LOOK=128, num_warps=1, **early(),
     )  # fmt: skip
     if phases.fed and gluon_runs():
         from isobatch.kernels.attention.gluon_chain import chain
 
         chain(
             weights, small[1], small[2:], cache.v, out, rows.query_starts, rows.context_lengths, tables,
-            requests, count=R, blocks=blocks, group=G, padded=heads,
+            requests, count=R, blocks=blocks, group=G, padded=padded,
         )  # fmt: skip
         return out
     _chain_kernel[(-(-D // phases.columns), kv_heads, R)](
         weights, small[1], small[2:], cache.v, out, rows.query_starts, rows.context_lengths, tables,
         requests, out.stride(0), tables.stride(0), blocks,
-        **shape, SLICE=phases.columns,
+        **shape, PADDED=padded, SLICE=phases.columns,
         STAGES=phases.stages, num_warps=phases.warps, num_stages=phases.stages, **early(),
     )  # fmt: skip
     return out
