@@ -61,8 +61,10 @@ def _produce(
     v, weights, values_ring, weights_ring, ready, free, table, kv_heads, group, column, first_row, blocks,
     last_page, G: gl.constexpr, STAGES: gl.constexpr, PAIR: gl.constexpr,
 ):  # fmt: skip
-    """Fetches two of each block's pages, and the first of four warps its weights: fewer can't issue all copies
-    in the time that the consumers take."""
+    """Fetches two of each block's pages, and the first of four warps its weights.
+
+    Fewer warps can't issue all copies in the time that the consumers take.
+    """
     # Two names in turn: a register that is copied is waited for, and the look-up would be ahead of nothing.
     even = pair_of_pages(table, 0, last_page, PAIR)
     for n in range(0, blocks, 2):

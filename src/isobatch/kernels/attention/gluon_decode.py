@@ -70,7 +70,7 @@ def _pages(table, n, last):
 
 @gluon.jit
 def _context(context_lengths, query_starts, requests, item, items, kv_heads):
-    """(the request, its keys) of an item; beyond the last item, those of the last. Without queries, no keys."""
+    """(the request, its keys) of an item, of the last one beyond it. Without queries, no keys."""
     request = gl.minimum(item, items - 1) // kv_heads
     if requests is not None:
         request = gl.load(requests + request)
@@ -80,7 +80,7 @@ def _context(context_lengths, query_starts, requests, item, items, kv_heads):
 
 @gluon.jit
 def _blocks(context):
-    """Of an item. One without keys has a block all the same, nothing of which is seen, so that all are alike."""
+    """Of an item. One without keys has a block all the same, of which nothing is seen: all are alike."""
     return gl.maximum(gl.cdiv(context, SPAN), 1)
 
 
@@ -109,7 +109,7 @@ def _produce(
         request1, context1 = _context(
             context_lengths, query_starts, requests, item + 2 * step, items, kv_heads
         )
-        # Two names in turn: a register that is copied is waited for, and the look-up would be ahead of nothing.
+        # Two names in turn: a register that is copied is waited for, and was asked for in vain.
         for n in range(0, blocks, 2):
             odd = _pages(table, n + 1, last)
             _refill(source, ring, ready, free, kv_heads, group, turn + n, even, PARTS, STAGES)
