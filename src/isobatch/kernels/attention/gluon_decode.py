@@ -142,9 +142,9 @@ def _query(
     plain: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     h = gl.arange(0, HEADS, layout=gl.SliceLayout(1, plain))
     d = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, plain))
-    row = gl.load(query_starts + request).to(gl.int64)
+    row, end = gl.load(query_starts + request).to(gl.int64), gl.load(query_starts + request + 1)
     at = q + row * q_row + (group * G + h)[:, None] * q_head + d[None, :]
-    mine = (h < G)[:, None]
+    mine = ((h < G) & (end > row))[:, None]
     first = gl.load(at, mask=mine & (d < D)[None, :], other=0.0)
     second = first
     if PARTS == 2:
