@@ -5,10 +5,8 @@ It was fitted on one H200: 32 heads over 8, head size 128, bf16.
 
 Decode, by programs = requests x key/value heads:
 - few programs and long contexts: the three phases, which share one request's keys among programs;
-- up to one program per multiprocessor: streamed, with all of a multiprocessor's shared memory for its rings;
-- up to four: streamed with rings of one block, so that two programs share a multiprocessor;
-- more: sixteen rows, a shallow pipeline.
-Where kernels in Gluon do not run, and for few keys, `down` takes the place of `streamed`.
+- otherwise streamed, where kernels in Gluon run and there are more than a few keys;
+- or else keys down the tile, up to two programs per multiprocessor, and sixteen rows beyond.
 Chunks, by queries:
 - a fresh prompt of 512 tokens or more: the library, where it is certified;
 - 1,024 queries or more: keys copied out of their pages and read by the bulk copy engine;
@@ -38,8 +36,6 @@ _GATHER_QUERIES = 1024
 _PHASES_PROGRAMS = 32
 _PHASES_KEYS = 96  # per program, from which on three launches are worth it
 _STREAMED_CONTEXT = 512
-_STREAMED_LONG = 4096  # keys from which on a third block in the rings pays
-_SHARED = 4  # programs per multiprocessor that rings of one block are for
 
 Decode = Literal["tiles", "down", "streamed", "phases"]
 Chunk = Literal["tiles", "gathered", "library"]
@@ -144,9 +140,7 @@ class Attention:
         programs, gluon = requests * kv_heads, self._gluon(head_size)
         if programs <= _PHASES_PROGRAMS and context >= _PHASES_KEYS * programs:
             return "phases"
-        if gluon and multiprocessors() < programs <= _SHARED * multiprocessors():
-            return "streamed"
-        if gluon and programs <= multiprocessors() and context >= _STREAMED_CONTEXT:
+        if gluon and (programs > multiprocessors() or context >= _STREAMED_CONTEXT):
             return "streamed"
         return "down" if programs <= 2 * multiprocessors() and head_size <= _WIDE else "tiles"
 
@@ -165,10 +159,7 @@ class Attention:
         elif member == "streamed":
             from isobatch.kernels.attention.gluon_decode import Streamed, attention_streamed
 
-            shared = len(chosen) * kv_heads > multiprocessors()
-            stages = 1 if shared else 2 if context < _STREAMED_LONG else 3
-            streamed = Streamed(stages, registers=128 if stages < 3 else None)
-            attention_streamed(q, cache, rows, scale, streamed=streamed, chosen=chosen, out=out)
+            attention_streamed(q, cache, rows, scale, streamed=Streamed(), chosen=chosen, out=out)
         elif member == "down":
             down = Down(4, 3 if D <= _WIDE else 1)
             attention_down(q, cache, rows, scale, down=down, chosen=chosen, out=out)
