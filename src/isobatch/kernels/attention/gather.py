@@ -16,51 +16,57 @@ from isobatch.kernels.layout import PAGE
 PAGE_TOKENS = tl.constexpr(PAGE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["room"])
 def _gather_kernel(
     k, v, key, value, requests, origins, context_lengths, block_tables, table_row, block_stride, head_stride,
-    PIECE: tl.constexpr, WIDTH: tl.constexpr,
+    room, PIECE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Axes: page, key/value head, request. A page of one head is PIECE numbers in a row, here and there."""
     request = tl.load(requests + tl.program_id(2))
     page, head = tl.program_id(0), tl.program_id(1)
-    if page * PAGE_TOKENS >= tl.load(context_lengths + request):
+    left = tl.load(context_lengths + request) - page * PAGE_TOKENS
+    if left <= 0 and page >= room:
         return
-    block = tl.load(block_tables + request.to(tl.int64) * table_row + page).to(tl.int64)
     i = tl.arange(0, WIDTH)
+    used = i < tl.minimum(left, PAGE_TOKENS) * (PIECE // PAGE_TOKENS)
+    block = tl.load(block_tables + request.to(tl.int64) * table_row + page, mask=left > 0, other=0).to(
+        tl.int64
+    )
     source = block * block_stride + head * PIECE + i
     origin = tl.load(origins + request).to(tl.int64) * (PIECE // PAGE_TOKENS)
     to = head * head_stride + origin + page * PIECE + i
-    tl.store(key + to, tl.load(k + source, mask=i < PIECE), mask=i < PIECE)
-    tl.store(value + to, tl.load(v + source, mask=i < PIECE), mask=i < PIECE)
+    tl.store(key + to, tl.load(k + source, mask=used, other=0.0), mask=i < PIECE)
+    tl.store(value + to, tl.load(v + source, mask=used, other=0.0), mask=i < PIECE)
 
 
 def gather(
-    cache: GpuKVCache, rows: GpuPagedRows, chosen: tuple[int, ...]
-) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...], torch.Tensor]:
+    cache: GpuKVCache, rows: GpuPagedRows, chosen: tuple[int, ...], length: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Keys and values of some requests, each request's in one piece. A copy.
 
     Args:
         cache: of the layer.
         rows: whose `contexts` are exact for the chosen requests.
         chosen: the requests.
+        length: positions that each request has room for, whole pages; by default its own pages. Beyond a
+            request's last key there are zeros.
 
     Returns:
-        (keys, values, origins, origins): [N, Hkv, D] each, a view whose heads lie one after another; the row
-        with each chosen request's position 0, as plain ints and as int32 [R] on the device.
+        (keys, values, origins): [N, Hkv, D] each, a view whose heads lie one after another; the row with each
+        chosen request's position 0, int32 [R] on the device.
     """
     _, kv_heads, _, D = cache.k.shape
     firsts, total, longest = [0] * len(rows.queries), 0, 0
     for r in chosen:
         firsts[r] = total
-        pages = -(-rows.contexts[r] // PAGE)
+        pages = -(-(length or rows.contexts[r]) // PAGE)
         total, longest = total + pages * PAGE, max(longest, pages)
-    origins = rows.once(("origins", chosen), lambda: rows.upload(firsts))
+    origins = rows.once(("origins", chosen, length), lambda: rows.upload(firsts))
     requests = rows.once(("gathered", chosen), lambda: rows.upload(chosen))
     pieces = torch.empty(2, kv_heads, total, D, dtype=cache.k.dtype, device=cache.k.device)
     _gather_kernel[(longest, kv_heads, len(chosen))](
         cache.k, cache.v, pieces[0], pieces[1], requests, origins, rows.context_lengths, rows.block_tables,
-        rows.block_tables.stride(0), cache.k.stride(0), total * D,
+        rows.block_tables.stride(0), cache.k.stride(0), total * D, (length or 0) // PAGE,
         PIECE=PAGE * D, WIDTH=triton.next_power_of_2(PAGE * D), num_warps=4,
     )  # fmt: skip
-    return pieces[0].transpose(0, 1), pieces[1].transpose(0, 1), tuple(firsts), origins
+    return pieces[0].transpose(0, 1), pieces[1].transpose(0, 1), origins

@@ -181,11 +181,12 @@ def certify_library(H: int, kv_heads: int, head_size: int, dtype: torch.dtype) -
         The inputs are a function of the arguments; the same on every machine.
     """
 
-    def prompts(_name: str, rows: int, _variant: str) -> GpuAttentionCase:
-        parts = numbers(f"library/{rows}", 1, rows, H, kv_heads, head_size, dtype)
-        return GpuAttentionCase(tuple((0, p) for p in range(rows)), *parts)
+    def chunk(_name: str, rows: int, variant: str) -> GpuAttentionCase:
+        prefix = 0 if variant == "fresh" else rows - rows // 3
+        parts = numbers(f"library/{prefix + rows}", 1, prefix + rows, H, kv_heads, head_size, dtype)
+        return GpuAttentionCase(tuple((0, p) for p in range(prefix, prefix + rows)), *parts)
 
-    record = replace(ATTENTION_GPU, draw=prompts, variants=("prompts",), reorder=None)
+    record = replace(ATTENTION_GPU, draw=chunk, variants=("fresh", "after a prefix"), reorder=None)
     library = Member("library", Attention(chunk="library"), GPU_ATTENTION)
     try:
         return certify(record, library, (2, 77, 128, 641, 1024))

@@ -8,7 +8,8 @@ Decode, by programs = requests x key/value heads:
 - otherwise streamed, where kernels in Gluon run and there are more than a few keys;
 - or else keys down the tile, up to two programs per multiprocessor, and sixteen rows beyond.
 Chunks, by queries:
-- a fresh prompt of 512 tokens or more: the library, where it is certified;
+- 512 queries or more after a prefix of no more than a third of them: the library, where it is certified, in
+  batches of requests that are nearly as long;
 - 1,024 queries or more: keys copied out of their pages and read by the bulk copy engine;
 - otherwise tiles of 128 rows over the pages, or of 64 where that holds the whole chunk.
 """
@@ -33,9 +34,12 @@ from isobatch.kernels.layout import TiledRows
 _WIDE = 128  # beyond this head size one block of keys and values fills half a multiprocessor
 _LIBRARY_QUERIES = 512
 _GATHER_QUERIES = 1024
+_PAIRS_PER_KEY = 750  # of queries and keys that are computed in the time that a prompt alone loses, per key
+_LAUNCH_KEYS = 400  # what its launch costs, likewise
 _PHASES_PROGRAMS = 32
 _PHASES_KEYS = 96  # per program, from which on three launches are worth it
-_STREAMED_CONTEXT = 512
+_STREAMED_CONTEXT = 1024
+_STREAMED_DEEP = 4096  # programs, or keys, from which on a third block on its way pays for its registers
 
 Decode = Literal["tiles", "down", "streamed", "phases"]
 Chunk = Literal["tiles", "gathered", "library"]
@@ -44,6 +48,25 @@ Chunk = Literal["tiles", "gathered", "library"]
 def _small(head_size: int) -> Tile:
     """The member for tiles of few rows, and for those that a recording reads."""
     return Tile(64, 8, 1, packed=True) if head_size > _WIDE else Tile(64, 4, 2, packed=True)
+
+
+def batches(contexts: Sequence[int], chosen: Sequence[int]) -> list[tuple[int, ...]]:
+    """Requests that the library serves at once, the longest first.
+
+    Alone a short prompt leaves most of the GPU idle; beside a longer one it is computed at that one's length.
+
+    Args:
+        contexts: of each request.
+        chosen: the requests to serve.
+    """
+    found: list[list[int]] = []
+    for r in sorted(chosen, key=lambda r: -contexts[r]):
+        longest, context = contexts[found[-1][0]] if found else 0, contexts[r]
+        if found and longest**2 - context**2 <= _PAIRS_PER_KEY * (context + _LAUNCH_KEYS):
+            found[-1].append(r)
+        else:
+            found.append([r])
+    return [tuple(batch) for batch in found]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +121,8 @@ class Attention:
             cache: of the layer, with this step's own keys and values already written.
             rows: whose queries these are. Tiles that are cut already are of `Tiling`'s.
             scale: of the scores, positive.
-            key: the step's own keys [T, Hkv, D], which spare a copy out of the cache for fresh prompts; or
-                None.
+            key: the step's own keys [T, Hkv, D], as they were written: they spare a prompt that is alone in
+                a step all copies. Or None.
             value: likewise.
 
         Returns:
@@ -110,7 +133,7 @@ class Attention:
         """
         if isinstance(rows, TiledRows):
             return attention_listed(q, cache, rows, scale, tile=_small(cache.k.shape[3]))
-        lone = rows.queries == (len(q),) and self.chunk_member(len(q), rows.contexts[0]) == "library"
+        lone = rows.queries == rows.contexts == (len(q),) and self.chunk_member(len(q), len(q)) == "library"
         if lone and key is not None and value is not None:
             return fresh_prompt(q, key, value, scale)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -120,14 +143,15 @@ class Attention:
         for r in rows.chunks:
             waiting.setdefault(self.chunk_member(rows.queries[r], rows.contexts[r]), []).append(r)
         for member, requests in waiting.items():
-            self._chunks(member, q, cache, rows, scale, tuple(requests), out, key, value)
+            self._chunks(member, q, cache, rows, scale, tuple(requests), out)
         return out
 
     def chunk_member(self, queries: int, context: int) -> Chunk:
         """The member for a chunk of `queries` tokens that ends at `context`."""
-        if self.chunk is not None and (self.chunk != "library" or queries == context):
+        whole = 4 * queries >= 3 * context  # the library computes the prefix's rows, too
+        if self.chunk is not None and (self.chunk != "library" or whole):
             return self.chunk
-        if self.library and queries == context and queries >= _LIBRARY_QUERIES:
+        if self.library and whole and queries >= _LIBRARY_QUERIES:
             return "library"
         return "gathered" if queries >= _GATHER_QUERIES else "tiles"
 
@@ -159,7 +183,9 @@ class Attention:
         elif member == "streamed":
             from isobatch.kernels.attention.gluon_decode import Streamed, attention_streamed
 
-            attention_streamed(q, cache, rows, scale, streamed=Streamed(), chosen=chosen, out=out)
+            deep = max(context, len(chosen) * kv_heads) >= _STREAMED_DEEP
+            streamed = Streamed(3) if deep else Streamed(2, registers=128)
+            attention_streamed(q, cache, rows, scale, streamed=streamed, chosen=chosen, out=out)
         elif member == "down":
             down = Down(4, 3 if D <= _WIDE else 1)
             attention_down(q, cache, rows, scale, down=down, chosen=chosen, out=out)
@@ -176,23 +202,17 @@ class Attention:
         scale: float,
         chosen: tuple[int, ...],
         out: torch.Tensor,
-        key: torch.Tensor | None,
-        value: torch.Tensor | None,
     ) -> None:
         wide = cache.k.shape[3] > _WIDE
         if member == "tiles":
             rows_of_q = max(rows.queries[r] for r in chosen) * (q.shape[1] // cache.k.shape[1])
             tile = _small(cache.k.shape[3]) if wide or rows_of_q <= 64 else Tile(128, 8, 3, packed=True)
             attention_tiled(q, cache, rows, scale, tile=tile, chosen=chosen, out=out)
-            return
-        fresh = all(rows.queries[r] == rows.contexts[r] for r in chosen)
-        begins: tuple[int, ...] = rows.begins
-        origins = rows.query_starts
-        if key is None or value is None or not fresh:
-            key, value, begins, origins = gather(cache, rows, chosen)
-        if member == "library":
-            attention_cudnn(q, key, value, begins, rows, scale, chosen=chosen, out=out)
+        elif member == "library":
+            for batch in rows.once(("batches", chosen), lambda: batches(rows.contexts, chosen)):
+                attention_cudnn(q, cache, rows, scale, chosen=batch, out=out)
         else:
+            key, value, origins = gather(cache, rows, chosen)
             tile = Tile(128, 8, 1 if wide else 3, packed=True)
             attention_contiguous(q, key, value, origins, rows, scale, tile=tile, chosen=chosen, out=out)
 
