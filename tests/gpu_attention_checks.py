@@ -25,7 +25,8 @@ from isobatch.kernels.attention.gpu_record import (
     numbers,
 )
 from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
-from isobatch.kernels.attention.gpu_serve import Attention
+from isobatch.kernels.attention.gpu_serve import Attention, batches
+from isobatch.kernels.attention.padded import into_batch, out_of_batch
 from isobatch.kernels.attention.triton import Tile, attention_row, attention_tiled
 from isobatch.kernels.attention.triton_decode import Down, attention_down
 from isobatch.kernels.attention.triton_phases import Phases, attention_phases
@@ -187,6 +188,40 @@ def step_keys_spare_the_gather() -> None:
     case.call(Member("copy", gathered_is_a_copy, GPU_ATTENTION))
     expected = case.call(MEMBERS[0])[0]
     assert bits_equal(case.call(Member("step", with_step_keys, GPU_ATTENTION))[0], expected)
+
+
+def a_batch_holds_whole_prompts_and_zeros() -> None:
+    length, spans = 150, ((0, 150), (40, 60), (0, 1), (5, 149))
+    q, k, v = numbers("batch", len(spans), length, 4, 2, 32, dtypes()[0])
+    queries = tuple((r, p) for r, span in enumerate(spans) for p in range(*span))
+    case = GpuAttentionCase(queries, q, k, v, fill=float("nan"))
+    chosen = (0, 1, 3)
+
+    def look(q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float) -> torch.Tensor:
+        batch, keys, values = into_batch(q, cache, rows, chosen)
+        assert batch.shape[1] == keys.shape[1] == 256  # a multiple of what a library plans for
+        for entry, r in enumerate(chosen):
+            first, end = spans[r]
+            for got, mine in ((keys, k), (values, v)):
+                assert bits_equal(got[entry, :end], mine[r, :end])
+                assert not got[entry, end:].any()
+            assert bits_equal(batch[entry, first:end], case.q[r, first:end])
+            assert not batch[entry, :first].any()
+            assert not batch[entry, end:].any()
+        out = torch.full_like(q, 7)
+        out_of_batch(batch, out, rows, chosen)
+        for r, begin in enumerate(rows.begins):
+            own = slice(begin, begin + rows.queries[r])
+            assert bits_equal(out[own], q[own] if r in chosen else torch.full_like(q[own], 7))
+        return q
+
+    case.call(Member("look", look, GPU_ATTENTION))
+
+
+def requests_in_a_batch_are_nearly_as_long() -> None:
+    assert batches((1024,) * 8, range(8)) == [tuple(range(8))]
+    assert batches((300, 4000, 1, 3900), (0, 1, 3)) == [(1, 3), (0,)]
+    assert batches((), ()) == []
 
 
 def variant_kernels_are_refused() -> None:

@@ -7,14 +7,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
 from isobatch.bits import bits_equal
-from isobatch.kernels.attention.gpu_record import ATTENTION_GPU, GpuAttentionCase
+from isobatch.kernels.attention.gpu_record import ATTENTION_GPU, GPU_ATTENTION, GpuAttentionCase
+from isobatch.kernels.attention.gpu_serve import Attention
 from isobatch.kernels.gpu.device import INTERPRETED, device, dtypes
+from isobatch.kernels.registry import Member
 
 CHECKS = (
     "members_agree",
@@ -25,6 +28,8 @@ CHECKS = (
     "requests_without_queries_are_inert",
     "a_seen_infinity_is_what_the_sum_gives",
     "step_keys_spare_the_gather",
+    "a_batch_holds_whole_prompts_and_zeros",
+    "requests_in_a_batch_are_nearly_as_long",
     "variant_kernels_are_refused",
     "head_sizes_and_groups",
     "write_kv_takes_any_strides",
@@ -54,3 +59,23 @@ def test_decode_row_is_prefill_row_at_any_length(context: int) -> None:
     together = chunk.call(member)[0]
     for row in {0, chunk.rows - 1}:
         assert bits_equal(chunk.take([row]).call(member)[0], together[row : row + 1])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="no GPU")
+def test_prompts_in_a_librarys_batch_are_those_alone() -> None:
+    """Of any lengths, after prefixes or not, and whatever a neighbour holds: that it is NaN, too."""
+    spans = ((0, 700), (100, 690), (0, 641), (0, 513), (0, 1024), (90, 1000))
+    random_ = torch.Generator(device()).manual_seed(5)
+    shapes = ((len(spans), 1024, heads, 128) for heads in (8, 2, 2))
+    q, k, v = (torch.randn(s, generator=random_, device=device()).to(dtypes()[0]) for s in shapes)
+    case = GpuAttentionCase(tuple((r, p) for r, span in enumerate(spans) for p in range(*span)), q, k, v)
+    library = Member("library", Attention(chunk="library"), GPU_ATTENTION)
+    together = case.call(library)[0]
+    assert bits_equal(together, case.call(ATTENTION_GPU.canonical)[0])
+    begins = [sum(end - first for first, end in spans[:r]) for r in range(len(spans) + 1)]
+    for begin, end in pairwise(begins):
+        rows = range(begin, end)
+        assert bits_equal(case.take(rows).call(library)[0], together[begin:end])
+        spoilt = case.poison(rows, float("nan")).call(library)[0]
+        assert bits_equal(spoilt[begin:end], together[begin:end])
+        assert not bits_equal(spoilt, together)

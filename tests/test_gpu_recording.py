@@ -24,15 +24,14 @@ if sys.argv[1] == "unguarded":
     cuda._nothing_freed = nullcontext
 ops = GpuOps(torch.bfloat16, (4, 2, 64))
 x = torch.ones(8, device="cuda")
-cycle = Cycle()
-cycle.itself, cycle.recording = cycle, ops.recorded(lambda: x + 1)
-held, calls = [cycle], []
-del cycle
+held, calls = [ops.recorded(lambda: x + 1)], []
 
 def work():
     calls.append(None)
     if len(calls) == 2:  # the first call warms up
-        held.clear()
+        cycle = Cycle()  # young garbage, which the next collection finds
+        cycle.itself, cycle.recording = cycle, held.pop()
+        del cycle
     lists = [[] for _ in range(10_000)]  # enough for a collection, wherever one is allowed
     return x * 2
 

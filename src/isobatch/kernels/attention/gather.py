@@ -24,14 +24,14 @@ def _gather_kernel(
     """Axes: page, key/value head, request. A page of one head is PIECE numbers in a row, here and there."""
     request = tl.load(requests + tl.program_id(2))
     page, head = tl.program_id(0), tl.program_id(1)
-    left = tl.load(context_lengths + request) - page * PAGE_TOKENS
+    context = tl.load(context_lengths + request)
+    left = context - page * PAGE_TOKENS
     if left <= 0 and page >= room:
         return
     i = tl.arange(0, WIDTH)
     used = i < tl.minimum(left, PAGE_TOKENS) * (PIECE // PAGE_TOKENS)
-    block = tl.load(block_tables + request.to(tl.int64) * table_row + page, mask=left > 0, other=0).to(
-        tl.int64
-    )
+    last = tl.maximum(context - 1, 0) // PAGE_TOKENS
+    block = tl.load(block_tables + request.to(tl.int64) * table_row + tl.minimum(page, last)).to(tl.int64)
     source = block * block_stride + head * PIECE + i
     origin = tl.load(origins + request).to(tl.int64) * (PIECE // PAGE_TOKENS)
     to = head * head_stride + origin + page * PIECE + i

@@ -181,12 +181,18 @@ def certify_library(H: int, kv_heads: int, head_size: int, dtype: torch.dtype) -
         The inputs are a function of the arguments; the same on every machine.
     """
 
-    def chunk(_name: str, rows: int, variant: str) -> GpuAttentionCase:
-        prefix = 0 if variant == "fresh" else rows - rows // 3
-        parts = numbers(f"library/{prefix + rows}", 1, prefix + rows, H, kv_heads, head_size, dtype)
-        return GpuAttentionCase(tuple((0, p) for p in range(prefix, prefix + rows)), *parts)
+    def chunks(_name: str, rows: int, variant: str) -> GpuAttentionCase:
+        spans = {
+            "fresh": [(0, rows)],
+            "after a prefix": [(rows // 4, rows + rows // 4)],
+            "side by side": [(0, rows), (rows // 4, rows), (0, rows - rows // 8)],
+        }[variant]
+        length = max(end for _, end in spans)
+        parts = numbers(f"library/{length}", len(spans), length, H, kv_heads, head_size, dtype)
+        return GpuAttentionCase(tuple((r, p) for r, span in enumerate(spans) for p in range(*span)), *parts)
 
-    record = replace(ATTENTION_GPU, draw=chunk, variants=("fresh", "after a prefix"), reorder=None)
+    variants = ("fresh", "after a prefix", "side by side")
+    record = replace(ATTENTION_GPU, draw=chunks, variants=variants, reorder=None)
     library = Member("library", Attention(chunk="library"), GPU_ATTENTION)
     try:
         return certify(record, library, (2, 77, 128, 641, 1024))

@@ -25,7 +25,7 @@ def _move_kernel(
     step, batch, requests, query_starts, context_lengths, step_row, L,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """Axes: position, entry. BACK: from the batch to the step's rows; otherwise into the batch, with zeros."""
+    """Axes: position, entry. BACK: from the batch to the step's rows; otherwise into it, with zeros."""
     position, entry = tl.program_id(0), tl.program_id(1)
     request = entry
     if requests is not None:
@@ -33,13 +33,13 @@ def _move_kernel(
     begin, end = tl.load(query_starts + request), tl.load(query_starts + request + 1)
     row = end - tl.load(context_lengths + request) + position
     i = tl.arange(0, WIDTH)
-    asked = (row >= begin) & (row < end)
+    asked = i < tl.where((row >= begin) & (row < end), SIZE, 0)
     here = step + row.to(tl.int64) * step_row + i
     there = batch + (entry.to(tl.int64) * L + position) * SIZE + i
     if BACK:
-        tl.store(here, tl.load(there, mask=i < SIZE), mask=(i < SIZE) & asked)
+        tl.store(here, tl.load(there, mask=asked), mask=asked)
     else:
-        tl.store(there, tl.load(here, mask=(i < SIZE) & asked, other=0.0), mask=i < SIZE)
+        tl.store(there, tl.load(here, mask=asked, other=0.0), mask=i < SIZE)
 
 
 def _move(
@@ -71,8 +71,8 @@ def into_batch(
     keys, values, *_ = gather(cache, rows, chosen, length)
     queries = torch.empty(len(chosen), length, *q.shape[1:], dtype=q.dtype, device=q.device)
     _move(q if q[0].is_contiguous() else q.contiguous(), queries, rows, chosen, back=False)
-    entries = (len(chosen), length)
-    return queries, keys.unflatten(0, entries), values.unflatten(0, entries)
+    keys, values = (t.view(len(chosen), length, *t.shape[1:]) for t in (keys, values))
+    return queries, keys, values
 
 
 def out_of_batch(batch: torch.Tensor, out: torch.Tensor, rows: GpuPagedRows, chosen: tuple[int, ...]) -> None:
