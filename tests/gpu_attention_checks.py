@@ -25,7 +25,7 @@ from isobatch.kernels.attention.gpu_record import (
     numbers,
 )
 from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
-from isobatch.kernels.attention.gpu_serve import Attention, batches
+from isobatch.kernels.attention.gpu_serve import batches
 from isobatch.kernels.attention.padded import into_batch, out_of_batch
 from isobatch.kernels.attention.triton import Tile, attention_row, attention_tiled
 from isobatch.kernels.attention.triton_decode import Down, attention_down
@@ -168,26 +168,18 @@ def guarded() -> Iterator[Callable[[], bool]]:
         yield lambda: all(bool((guard == 7).all()) for guard in guards)
 
 
-def step_keys_spare_the_gather() -> None:
+def gathered_keys_are_copies() -> None:
     length = 70
     q, k, v = numbers("fresh", 1, length, 4, 2, 32, dtypes()[0])
     case = GpuAttentionCase(tuple((0, p) for p in range(length)), q, k, v)
-    member = Attention(chunk="gathered")
 
-    def with_step_keys(q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float) -> torch.Tensor:
-        return member(q, cache, rows, scale, key=k[0], value=v[0])
-
-    def gathered_is_a_copy(
-        q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float
-    ) -> torch.Tensor:
-        key, value, *_ = gather(cache, rows, (0,))
+    def look(q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float) -> torch.Tensor:
+        key, value, _ = gather(cache, rows, (0,))
         assert bits_equal(key[:length], k[0])
         assert bits_equal(value[:length], v[0])
         return q
 
-    case.call(Member("copy", gathered_is_a_copy, GPU_ATTENTION))
-    expected = case.call(MEMBERS[0])[0]
-    assert bits_equal(case.call(Member("step", with_step_keys, GPU_ATTENTION))[0], expected)
+    case.call(Member("look", look, GPU_ATTENTION))
 
 
 def a_batch_holds_whole_prompts_and_zeros() -> None:

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from isobatch.bits import bits_equal
-from isobatch.kernels.attention.gpu_record import ATTENTION_GPU, GPU_ATTENTION, GpuAttentionCase
+from isobatch.kernels.attention.gpu_record import ATTENTION_GPU, GPU_ATTENTION, GpuAttentionCase, numbers
+from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
 from isobatch.kernels.attention.gpu_serve import Attention
 from isobatch.kernels.gpu.device import INTERPRETED, device, dtypes
 from isobatch.kernels.registry import Member
@@ -27,7 +28,7 @@ CHECKS = (
     "padded_requests_are_inert_and_zero",
     "requests_without_queries_are_inert",
     "a_seen_infinity_is_what_the_sum_gives",
-    "step_keys_spare_the_gather",
+    "gathered_keys_are_copies",
     "a_batch_holds_whole_prompts_and_zeros",
     "requests_in_a_batch_are_nearly_as_long",
     "variant_kernels_are_refused",
@@ -79,3 +80,17 @@ def test_prompts_in_a_librarys_batch_are_those_alone() -> None:
         spoilt = case.poison(rows, float("nan")).call(library)[0]
         assert bits_equal(spoilt[begin:end], together[begin:end])
         assert not bits_equal(spoilt, together)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="no GPU")
+def test_a_lone_prompt_is_read_where_the_step_has_it() -> None:
+    q, k, v = numbers("lone", 1, 900, 8, 2, 128, dtypes()[0])
+    case = GpuAttentionCase(tuple((0, p) for p in range(900)), q, k, v)
+    library = Attention(chunk="library")
+
+    def call(q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float) -> torch.Tensor:
+        spoilt = GpuKVCache(torch.full_like(cache.k, float("nan")), cache.v)  # whoever looks there, fails
+        return library(q, spoilt, rows, scale, (k[0], v[0]))
+
+    got = case.call(Member("own", call, GPU_ATTENTION))[0]
+    assert bits_equal(got, case.call(ATTENTION_GPU.canonical)[0])

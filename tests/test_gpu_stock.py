@@ -220,7 +220,7 @@ def test_what_comes_before_attention_is_the_chain_of_ops() -> None:
     cos, sin = (torch.rand(9, 8, generator=draw).to(device()) for _ in "cs")
     positions, slots = torch.tensor([0, 5, 8]).to(device()), torch.tensor([3, 64, -1]).to(device())
     rows = GpuPagedRows(slots, slots, slots, slots, (1, 1, 1), (1, 6, 0))
-    q = qk_norm_rotary_write(qkv, positions, cos, sin, kv, rows, weight, weight, 1e-6)
+    q, _ = qk_norm_rotary_write(qkv, positions, cos, sin, kv, rows, weight, weight, 1e-6)
     heads = qkv.view(3, 6, 16)
     turned = rotary_in_dtype(rms_norm(heads[:, :2], weight, 1e-6)[0], positions, cos, sin)
     keys = kv.k.flatten(0, 1)

@@ -27,7 +27,7 @@ from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
 from isobatch.kernels.attention.gpu_serve import Attention
 from isobatch.kernels.gpu.device import dtypes
 from isobatch.kernels.gpu.timing import Work, microseconds
-from isobatch.kernels.layout import PAGE
+from isobatch.kernels.layout import PAGE, StepKeys
 from isobatch.models.presets import preset
 
 _MODEL = "qwen3-8b"
@@ -70,13 +70,8 @@ class _Requests:
         order = random.Random(context).sample(range(requests * pages), requests * pages)
         self.tables = GpuPagedRows.upload(order).view(requests, pages)
         self.rows = self._rows(requests, queries, context)
-        self.own: list[list[torch.Tensor]] | None = None
-        if requests == 1 and queries == context:
-            own = self.tables[0].long()
-            self.own = [
-                [pages[own].transpose(1, 2).flatten(0, 1)[:context] for pages in (cache.k, cache.v)]
-                for cache in self.caches
-            ]
+        fresh = requests == 1 and queries == context
+        self.steps = [self._step(copy) if fresh else (self.q[copy], None) for copy in range(copies)]
         self._shape = requests, queries, context
 
     def _rows(self, requests: int, queries: int, context: int) -> GpuPagedRows:
@@ -85,10 +80,20 @@ class _Requests:
         ints = (queries,) * requests, (context,) * requests
         return GpuPagedRows(starts, lengths, self.tables[:requests], starts.long(), *ints)
 
+    def _step(self, copy: int) -> tuple[torch.Tensor, StepKeys]:
+        """A fresh prompt's queries, keys and values side by side, as `qk_norm_rotary_write` leaves them."""
+        own, q = self.tables[0].long(), self.q[copy]
+        k, v = (
+            pages[own].transpose(1, 2).flatten(0, 1)[: len(q)]
+            for pages in (self.caches[copy].k, self.caches[copy].v)
+        )
+        turned, packed = torch.cat((q, k), 1), torch.cat((q, k, v), 1)
+        return turned[:, : q.shape[1]], (turned[:, q.shape[1] :], packed[:, -v.shape[1] :])
+
     def ours(self, attention: Attention, copy: int) -> torch.Tensor:
-        """Every request; a fresh prompt with its own keys and values at hand, as a model has them."""
-        own = [] if self.own is None else self.own[copy]
-        return attention(self.q[copy], self.caches[copy], self.rows, self.scale, *own)
+        """Every request."""
+        q, own = self.steps[copy]
+        return attention(q, self.caches[copy], self.rows, self.scale, own)
 
     def alone(self, attention: Attention) -> torch.Tensor:
         """The first request, without the others."""

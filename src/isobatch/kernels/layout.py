@@ -79,6 +79,10 @@ class Layout:
     page: int = PAGE
 
 
+StepKeys = tuple[torch.Tensor, torch.Tensor]
+"""A step's own keys and values, [T, Hkv, D] each, as they are in the cache."""
+
+
 @dataclass(frozen=True, slots=True)
 class PagedRows:
     """Which request each query row belongs to, and where that request's keys lie.

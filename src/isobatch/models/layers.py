@@ -68,7 +68,7 @@ class Attention:
         """x, [T, hidden], attended; stores this step's keys and values in the cache."""
         qkv = ops.linear(x, self.qkv, self.qkv_bias)
         q_norm, k_norm = self.q_norm, self.k_norm
-        q = ops.qk_norm_rotary_write(
+        q, own = ops.qk_norm_rotary_write(
             qkv,
             self.heads,
             batch.positions,
@@ -80,7 +80,7 @@ class Attention:
             None if k_norm is None else k_norm.weight,
             0.0 if q_norm is None else q_norm.eps,
         )
-        attended = ops.attention(q, cache, batch.rows, 1 / math.sqrt(self.head_size))
+        attended = ops.attention(q, cache, batch.rows, 1 / math.sqrt(self.head_size), own)
         return ops.linear(attended.flatten(1), self.out, self.out_bias)
 
 

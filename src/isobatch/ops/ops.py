@@ -12,7 +12,7 @@ from typing import cast
 import torch
 
 from isobatch.errors import ShapeError
-from isobatch.kernels.layout import Cache, PagedRows, Stack, Weight
+from isobatch.kernels.layout import Cache, PagedRows, Stack, StepKeys, Weight
 from isobatch.kernels.log_probs.cpu import TopLogProbs
 from isobatch.kernels.moe.experts import Experts
 from isobatch.kernels.sampling.cpu import PenaltyRows, SamplingRows
@@ -207,7 +207,7 @@ class Ops(Calls):
         q_weight: torch.Tensor | None = None,
         k_weight: torch.Tensor | None = None,
         eps: float = 0.0,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, StepKeys | None]:
         """From a layer's projection to what attention needs: normalises, turns, stores keys and values.
 
         Args:
@@ -223,7 +223,8 @@ class Ops(Calls):
             eps: of the norms.
 
         Returns:
-            The queries, [T, H, D].
+            The queries, [T, H, D]; and for `attention` the step's own keys and values, where it has a use for
+            them.
 
         Raises:
             ShapeError, UnsupportedOpError: an argument of the wrong shape, dtype or device.
@@ -247,7 +248,7 @@ class Ops(Calls):
             turned = self.rotary(turned, positions, cos, sin)
             q, k = turned.split_with_sizes((heads, kv_heads), 1)
             self.write_kv(k, v, cache, rows)
-            return q
+            return q, None
         self._check.floats("qk_norm_rotary_write", "qkv", qkv, None, None)
         self._check.integers("qk_norm_rotary_write", "positions", positions, T, below=cos.shape[0])
         for name, table in (("cos", cos), ("sin", sin)):
@@ -259,9 +260,11 @@ class Ops(Calls):
             "qk_norm_rotary_write", qkv=qkv, positions=positions, cos=cos, sin=sin, cache=cache, rows=rows,
             q_weight=q_weight, k_weight=k_weight, eps=eps,
         )  # fmt: skip
-        return cast(torch.Tensor, result)
+        return cast("tuple[torch.Tensor, StepKeys | None]", result)
 
-    def attention(self, q: torch.Tensor, cache: Cache, rows: PagedRows, scale: float) -> torch.Tensor:
+    def attention(
+        self, q: torch.Tensor, cache: Cache, rows: PagedRows, scale: float, own: StepKeys | None = None
+    ) -> torch.Tensor:
         """Causal grouped-query attention over paged keys and values.
 
         Args:
@@ -269,6 +272,8 @@ class Ops(Calls):
             cache: of the layer, with this step's own keys and values already written.
             rows: whose queries these are.
             scale: of the scores, usually 1 / sqrt(D).
+            own: what `qk_norm_rotary_write` returned beside q: the same numbers as in the cache, to be read
+                in whichever place is nearer.
 
         Returns:
             float32 [T, H, D].
@@ -281,7 +286,8 @@ class Ops(Calls):
             block table, the chunk it came in, or whether it is prefill or decode (kernels/attention/cpu.py).
         """
         self._check.floats("attention", "q", q, None, None, None)
-        return cast(torch.Tensor, self._run("attention", q=q, cache=cache, rows=rows, scale=scale))
+        nearer = {} if own is None else {"own": own}
+        return cast(torch.Tensor, self._run("attention", q=q, cache=cache, rows=rows, scale=scale, **nearer))
 
     def log_softmax(self, logits: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of every token.

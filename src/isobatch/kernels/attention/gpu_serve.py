@@ -29,7 +29,7 @@ from isobatch.kernels.attention.triton import Tile, attention_contiguous, attent
 from isobatch.kernels.attention.triton_decode import Down, attention_down
 from isobatch.kernels.attention.triton_phases import Phases, attention_phases
 from isobatch.kernels.gpu.device import gluon_runs, multiprocessors
-from isobatch.kernels.layout import TiledRows
+from isobatch.kernels.layout import StepKeys, TiledRows
 
 _WIDE = 128  # beyond this head size one block of keys and values fills half a multiprocessor
 _LIBRARY_QUERIES = 512
@@ -111,8 +111,7 @@ class Attention:
         cache: GpuKVCache,
         rows: GpuPagedRows | TiledRows,
         scale: float,
-        key: torch.Tensor | None = None,
-        value: torch.Tensor | None = None,
+        own: StepKeys | None = None,
     ) -> torch.Tensor:
         """Causal grouped-query attention over paged keys and values.
 
@@ -121,9 +120,7 @@ class Attention:
             cache: of the layer, with this step's own keys and values already written.
             rows: whose queries these are. Tiles that are cut already are of `Tiling`'s.
             scale: of the scores, positive.
-            key: the step's own keys [T, Hkv, D], as they were written: they spare a prompt that is alone in
-                a step all copies. Or None.
-            value: likewise.
+            own: the step's own keys and values, which spare a prompt that is alone in a step all copies.
 
         Returns:
             Like q, contiguous. A padded request's row, of context length 0, is zero.
@@ -134,8 +131,8 @@ class Attention:
         if isinstance(rows, TiledRows):
             return attention_listed(q, cache, rows, scale, tile=_small(cache.k.shape[3]))
         lone = rows.queries == rows.contexts == (len(q),) and self.chunk_member(len(q), len(q)) == "library"
-        if lone and key is not None and value is not None:
-            return fresh_prompt(q, key, value, scale)
+        if lone and own is not None:
+            return fresh_prompt(q, *own, scale)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if rows.decodes:
             self._decode(q, cache, rows, scale, out)

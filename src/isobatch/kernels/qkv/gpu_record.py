@@ -32,7 +32,7 @@ class Pages:
 
 @dataclass(frozen=True, slots=True)
 class QkvCase:
-    """Packed rows and where they go; the outputs are queries, and keys and values read back from their slots.
+    """Packed rows and where they go; the outputs: what is returned, and what is in the slots then.
 
     Args:
         inner: qkv and positions by row; cos, sin, weights and eps for all.
@@ -68,8 +68,8 @@ class QkvCase:
         at = (slots // PAGE, slice(None), slots % PAGE)
 
         def run() -> Outputs:
-            q = member.function(**self.inner.per_row, **self.inner.shared, cache=cache, rows=rows)
-            return q, cache.k[at], cache.v[at]
+            q, own = member.function(**self.inner.per_row, **self.inner.shared, cache=cache, rows=rows)
+            return q, *own, cache.k[at], cache.v[at]
 
         return run
 
@@ -122,7 +122,7 @@ def _chain(norm: Any, turn: Any, dtype: torch.dtype | None = None) -> Any:
         q_weight: torch.Tensor | None = None,
         k_weight: torch.Tensor | None = None,
         eps: float = 0.0,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """The separate ops, one after another."""
         _, kv_heads, _, D = cache.k.shape
         heads = qkv.to(dtype or qkv.dtype).reshape(len(qkv), -1, D)
@@ -132,9 +132,9 @@ def _chain(norm: Any, turn: Any, dtype: torch.dtype | None = None) -> Any:
             q = norm(q.reshape(-1, D), q_weight, eps)[0].view(q.shape)
             k = norm(k.reshape(-1, D), k_weight, eps)[0].view(k.shape)
         at = (rows.slots // PAGE, slice(None), rows.slots % PAGE)
-        cache.k[at], cache.v[at] = turn(k, positions, cos, sin), v
-        result: torch.Tensor = turn(q, positions, cos, sin)
-        return result
+        k = turn(k, positions, cos, sin)
+        cache.k[at], cache.v[at] = k, v
+        return turn(q, positions, cos, sin), (k, v)
 
     return chain
 

@@ -24,11 +24,11 @@ def qk_norm_rotary_write(
     q_weight: torch.Tensor | None = None,
     k_weight: torch.Tensor | None = None,
     eps: float = 0.0,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, None]:
     """The queries, [T, H, D]; see `Ops.qk_norm_rotary_write`."""
     places = cache.k.flatten(0, 1), cache.v.flatten(0, 1)
     q: torch.Tensor = _compiled()(qkv, positions, cos, sin, *places, rows.slots, q_weight, k_weight, eps)
-    return q
+    return q, None
 
 
 @cache

@@ -75,7 +75,7 @@ def _qk_norm_rotary_write_kernel(
     slots,
     q_weight,
     k_weight,
-    q_out,
+    turned,
     k_cache,
     v_cache,
     eps,
@@ -106,7 +106,7 @@ def _qk_norm_rotary_write_kernel(
         h = part * HEADS + lane
         position = tl.load(positions + t)
         a, b = _turned(row + h * D, h < H, position, cos, sin, q_weight, eps, HALF, HEADS, BLOCK, NORM)
-        out = q_out + (t * H + h) * D + c
+        out = turned + (t * (H + HKV) + h) * D + c
         tl.store(out, a, mask=(h < H) & (c < HALF))
         tl.store(out + HALF, b, mask=(h < H) & (c < HALF))
     else:
@@ -122,6 +122,9 @@ def _qk_norm_rotary_write_kernel(
             out = k_cache + block * k_block + h * k_head + offset * k_slot + c
             tl.store(out, a, mask=kept)
             tl.store(out + HALF, b, mask=kept)
+            out = turned + (t * (H + HKV) + H + h) * D + c
+            tl.store(out, a, mask=(h < HKV) & (c < HALF))
+            tl.store(out + HALF, b, mask=(h < HKV) & (c < HALF))
         else:
             h = (part - Q_PARTS - KV_PARTS) * HEADS + lane
             d = tl.arange(0, 2 * BLOCK)[None, :]
@@ -143,13 +146,13 @@ def qk_norm_rotary_write_tiled(
     *,
     heads: int,
     warps: int,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """`qk_norm_rotary_write` with `heads` heads (a power of two) and `warps` warps to a program."""
     T, width = qkv.shape
     _, kv_heads, _, D = cache.k.shape
     H = width // D - 2 * kv_heads
     qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()
-    q = torch.empty((T, H, D), dtype=qkv.dtype, device=qkv.device)
+    turned = torch.empty((T, H + kv_heads, D), dtype=qkv.dtype, device=qkv.device)
     if T:
         _qk_norm_rotary_write_kernel[(T, triton.cdiv(H, heads) + 2 * triton.cdiv(kv_heads, heads))](
             qkv,
@@ -159,7 +162,7 @@ def qk_norm_rotary_write_tiled(
             rows.slots.contiguous(),
             qkv if q_weight is None else q_weight,
             qkv if k_weight is None else k_weight,
-            q,
+            turned,
             cache.k,
             cache.v,
             eps,
@@ -175,7 +178,8 @@ def qk_norm_rotary_write_tiled(
             num_warps=warps,
             **early(),
         )
-    return q
+    q, k = turned.split_with_sizes((H, kv_heads), 1)
+    return q, (k, qkv.view(T, -1, D)[:, -kv_heads:])
 
 
 def qk_norm_rotary_write(
@@ -188,8 +192,8 @@ def qk_norm_rotary_write(
     q_weight: torch.Tensor | None = None,
     k_weight: torch.Tensor | None = None,
     eps: float = 0.0,
-) -> torch.Tensor:
-    """Normalises and turns queries and keys, stores keys and values, and returns the queries.
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """Normalises and turns queries and keys, and stores keys and values.
 
     Args:
         qkv: bfloat16 or float16 [T, (H + 2 Hkv) D]: query, key and value heads side by side.
@@ -204,7 +208,7 @@ def qk_norm_rotary_write(
         eps: of the norms.
 
     Returns:
-        [T, H, D], contiguous.
+        The queries, [T, H, D]; the keys and values, [T, Hkv, D] each. Views, the last axis contiguous.
 
     Determinism:
         Row t depends on qkv[t] and positions[t] alone, not on its slot.
