@@ -32,7 +32,7 @@ from isobatch.kernels.attention.cache import KVCache
 from isobatch.kernels.coding import F32, CodedRows, Coding
 from isobatch.kernels.cpu.layout import CPU
 from isobatch.kernels.data import floats, integers
-from isobatch.kernels.layout import PAGE, PagedRows
+from isobatch.kernels.layout import PAGE, Cache, PagedRows
 from isobatch.kernels.log_probs.cpu import TopLogProbs
 from isobatch.kernels.sampling.cpu import SamplingRows
 from isobatch.models.checkpoint import expected_tensors
@@ -245,6 +245,14 @@ def forward(decoder: Decoder, *sequences: Sequence[int], fill: float = float("na
         float32 [length, V] for each.
     """
     lengths = [len(tokens) for tokens in sequences]
+    return list(torch.split(forward_rows(decoder, sequences, range(sum(lengths)), fill)[0], lengths))
+
+
+def forward_rows(
+    decoder: Decoder, sequences: Sequence[Sequence[int]], wanted: Sequence[int], fill: float = float("nan")
+) -> tuple[torch.Tensor, list[Cache]]:
+    """The same, of some rows only: float32 [S, V]; and the caches after it."""
+    lengths = [len(tokens) for tokens in sequences]
     pages = -(-max(lengths) // PAGE)
     tables = torch.arange(pages * len(sequences)).reshape(pages, -1).T.contiguous()
     slots = [tables[r, p // PAGE] * PAGE + p % PAGE for r, n in enumerate(lengths) for p in range(n)]
@@ -261,8 +269,8 @@ def forward(decoder: Decoder, *sequences: Sequence[int], fill: float = float("na
         if isinstance(memory, KVCache):
             memory.k.fill_(fill)
             memory.v.fill_(fill)
-    logits = decoder(Batch(tokens, positions, rows, torch.arange(len(tokens))), caches)
-    return list(torch.split(logits, lengths))
+    rows_wanted = torch.tensor(wanted, dtype=torch.int64)
+    return decoder(Batch(tokens, positions, rows, rows_wanted), caches), caches
 
 
 @contextmanager

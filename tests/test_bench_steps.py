@@ -105,10 +105,13 @@ def test_floor_is_of_what_a_step_reads_and_computes() -> None:
     assert (
         step_floor(tied, 1, 0, limits)[0] == step_floor(replace(tied, tie_embeddings=False), 1, 0, limits)[0]
     )
-    # Of a prompt of two tokens the last is projected, the second sees two keys.
+    # Of a prompt of two tokens the last is projected and sees two keys. Of the last layer the first token
+    # needs a key and a value, and nothing else.
     layers = read - embedding
-    attended = 3 * 4 * 36 * 32 * 128
-    assert prompts_floor(model, [2], limits) == 2 * (2 * layers + embedding) + attended
+    stored = 2 * 8 * 128 * 4096
+    attended = (35 * 3 + 2) * 4 * 32 * 128
+    computed = 2 * (2 * layers + embedding - (layers / 36 - stored)) + attended
+    assert prompts_floor(model, [2], limits) == pytest.approx(computed, rel=1e-12)
     assert prompts_floor(model, [2], limits | {"bytes_per_s": 1e-3}) == 2e3 * read
     mixture = preset("qwen3-30b-a3b").config()
     assert 3.0e9 < step_floor(mixture, 1, 0, limits)[0] / 2 < 3.3e9  # 3.3 billion active, a table included

@@ -15,6 +15,7 @@ import torch
 from isobatch.bits import bits_equal
 from isobatch.engine.sampling_params import SamplingParams
 from isobatch.errors import ShapeError, UnsupportedModelError
+from isobatch.kernels.attention.cache import KVCache
 from isobatch.kernels.data import integers
 from isobatch.models.checkpoint import open_checkpoint
 from isobatch.models.config import RopeConfig
@@ -29,6 +30,7 @@ from tests.engine_harness import (
     TinyCheckpoint,
     captured_logits,
     forward,
+    forward_rows,
     smollm2,
     stream,
     tiny_world,
@@ -188,6 +190,24 @@ def test_sequences_in_one_pass_do_not_meet() -> None:
     together = forward(decoder, *sequences)
     for tokens, logits in zip(sequences, together, strict=True):
         assert bits_equal(logits, forward(decoder, tokens)[0])
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3 moe"])
+@pytest.mark.parametrize("wanted", [(), (39,), (5, 39, 40, 169), tuple(range(170))])
+def test_rows_that_nobody_asks_for_change_nothing(name: str, wanted: tuple[int, ...], tmp_path: Path) -> None:
+    """They end in the last layer, whose keys and values are kept all the same."""
+    _saved(name, tmp_path)
+    decoder = _loaded(tmp_path)
+    sequences = [[token % 90 for token in stream(n)[:length]] for n, length in enumerate((40, 130))]
+    full, caches = forward_rows(decoder, sequences, range(170), fill=0.0)
+    some, caches_of_some = forward_rows(decoder, sequences, wanted, fill=0.0)
+    assert some.shape == (len(wanted), full.shape[1])
+    assert bits_equal(some, full[list(wanted)])
+    for one, other in zip(caches, caches_of_some, strict=True):
+        assert isinstance(one, KVCache)
+        assert isinstance(other, KVCache)
+        assert bits_equal(one.k, other.k)
+        assert bits_equal(one.v, other.v)
 
 
 def test_nan_in_an_output_row_reaches_that_token_only() -> None:

@@ -27,16 +27,22 @@ def step_floor(config: ModelConfig, rows: int, keys: int, limits: dict[str, floa
 
 
 def prompts_floor(config: ModelConfig, prompts: Sequence[int], limits: dict[str, float]) -> float:
-    """Seconds that prompts take at least, all together: weights read once, logits of the last tokens only.
+    """Seconds that prompts take at least, all together: weights are read once, and of the last layer a token
+    that does not sample needs only keys and values.
 
     Args:
         config: as of `step_floor`.
         prompts: their lengths.
         limits: as of `step_floor`.
     """
-    numbers, projection = weights_of_a_token(config), config.vocab_size * config.hidden_size
-    computed = 2 * (sum(prompts) * (numbers - projection) + len(prompts) * projection)
-    computed += sum(n * (n + 1) // 2 for n in prompts) * _operations_per_key(config)
+    numbers, tokens = weights_of_a_token(config), sum(prompts)
+    projection = config.vocab_size * config.hidden_size
+    in_layers, layers = numbers - projection, config.num_layers
+    stored = 2 * config.num_kv_heads * config.head_size * config.hidden_size
+    skipped = (tokens - len(prompts)) * (in_layers / layers - stored)
+    computed = 2 * (tokens * in_layers + len(prompts) * projection - skipped)
+    pairs = sum(n * (n + 1) // 2 for n in prompts) * (layers - 1) / layers + tokens / layers
+    computed += pairs * _operations_per_key(config)
     return max(2 * numbers / limits["bytes_per_s"], computed / limits["flop_per_s"])
 
 

@@ -62,15 +62,17 @@ class Decoder:
         ops = self.ops
         x, residual = ops.embedding(batch.token_ids, self.embedding), None
         for layer, cache in zip(self.layers, caches, strict=True):
+            # Of the last layer all keys and values are kept, but only rows that sample go further.
+            wanted = batch.logit_rows if layer is self.layers[-1] else None
             norm = layer.attention_norm
             x, residual = ops.rms_norm(x, norm.weight, norm.eps, residual)
-            x = layer.attention(ops, x, batch, cache, self.rotary)
+            x = layer.attention(ops, x, batch, cache, self.rotary, wanted)
+            if not len(x):  # the middle of a prompt: nothing samples
+                return x
+            residual = residual if wanted is None else residual[wanted]
             norm = layer.mlp_norm
             x, residual = ops.rms_norm(x, norm.weight, norm.eps, residual)
             x = layer.mlp(ops, x)
-        # Only rows that sample go further: the output projection is the widest of all.
-        if (wanted := batch.logit_rows) is not None:
-            x, residual = x[wanted], residual[wanted] if residual is not None else None
         x, _ = ops.rms_norm(x, self.final_norm.weight, self.final_norm.eps, residual)
         return x
 

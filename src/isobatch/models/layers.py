@@ -64,8 +64,19 @@ class Attention:
     kv_heads: int
     head_size: int
 
-    def __call__(self, ops: Ops, x: torch.Tensor, batch: Batch, cache: Cache, rotary: Rotary) -> torch.Tensor:
-        """x, [T, hidden], attended; stores this step's keys and values in the cache."""
+    def __call__(
+        self,
+        ops: Ops,
+        x: torch.Tensor,
+        batch: Batch,
+        cache: Cache,
+        rotary: Rotary,
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x, [T, hidden], attended; stores this step's keys and values in the cache.
+
+        With `wanted`, int64 [S], only those rows of the result.
+        """
         qkv = ops.linear(x, self.qkv, self.qkv_bias)
         q_norm, k_norm = self.q_norm, self.k_norm
         q, own = ops.qk_norm_rotary_write(
@@ -81,6 +92,8 @@ class Attention:
             0.0 if q_norm is None else q_norm.eps,
         )
         attended = ops.attention(q, cache, batch.rows, 1 / math.sqrt(self.head_size), own)
+        if wanted is not None:
+            attended = attended[wanted]
         return ops.linear(attended.flatten(1), self.out, self.out_bias)
 
 
