@@ -26,7 +26,7 @@ from isobatch.kernels.attention.gpu_record import (
 )
 from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
 from isobatch.kernels.attention.gpu_serve import batches
-from isobatch.kernels.attention.padded import into_batch, out_of_batch
+from isobatch.kernels.attention.padded import into_batch, out_of_batch, planned
 from isobatch.kernels.attention.triton import Tile, attention_row, attention_tiled
 from isobatch.kernels.attention.triton_decode import Down, attention_down
 from isobatch.kernels.attention.triton_phases import Phases, attention_phases
@@ -191,7 +191,7 @@ def a_batch_holds_whole_prompts_and_zeros() -> None:
 
     def look(q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float) -> torch.Tensor:
         batch, keys, values = into_batch(q, cache, rows, chosen)
-        assert batch.shape[1] == keys.shape[1] == 256  # a multiple of what a library plans for
+        assert batch.shape[1] == keys.shape[1] == planned(length)
         for entry, r in enumerate(chosen):
             first, end = spans[r]
             for got, mine in ((keys, k), (values, v)):
@@ -208,6 +208,13 @@ def a_batch_holds_whole_prompts_and_zeros() -> None:
         return q
 
     case.call(Member("look", look, GPU_ATTENTION))
+
+
+def lengths_that_are_planned_are_few() -> None:
+    lengths = [planned(n) for n in range(1, 8193)]
+    assert all(n <= length <= max(n + 127, n * 9 // 8) for n, length in enumerate(lengths, 1))
+    assert len({length for length in lengths if length > 1024}) == 24
+    assert all(planned(length) == length for length in lengths)
 
 
 def requests_in_a_batch_are_nearly_as_long() -> None:

@@ -25,6 +25,7 @@ import torch
 from isobatch.kernels.attention.cudnn import attention_cudnn, fresh_prompt
 from isobatch.kernels.attention.gather import gather
 from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows, cut
+from isobatch.kernels.attention.padded import planned
 from isobatch.kernels.attention.triton import Tile, attention_contiguous, attention_listed, attention_tiled
 from isobatch.kernels.attention.triton_decode import Down, attention_down
 from isobatch.kernels.attention.triton_phases import Phases, attention_phases
@@ -120,7 +121,8 @@ class Attention:
             cache: of the layer, with this step's own keys and values already written.
             rows: whose queries these are. Tiles that are cut already are of `Tiling`'s.
             scale: of the scores, positive.
-            own: the step's own keys and values, which spare a prompt that is alone in a step all copies.
+            own: the step's own keys and values. They spare a prompt that is alone in a step all copies, if
+                the library has plans for its length.
 
         Returns:
             Like q, contiguous. A padded request's row, of context length 0, is zero.
@@ -131,7 +133,7 @@ class Attention:
         if isinstance(rows, TiledRows):
             return attention_listed(q, cache, rows, scale, tile=_small(cache.k.shape[3]))
         lone = rows.queries == rows.contexts == (len(q),) and self.chunk_member(len(q), len(q)) == "library"
-        if lone and own is not None:
+        if lone and own is not None and planned(len(q)) == len(q):
             return fresh_prompt(q, *own, scale)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if rows.decodes:
