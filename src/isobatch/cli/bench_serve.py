@@ -1,6 +1,6 @@
 """The figures of `isobatch bench serve`: whole workloads through the engine on the GPU, weights random.
 
-Each workload runs once uncounted: kernels are compiled and graphs recorded in that run. The ratio to stock is
+Each workload runs uncounted before: kernels are compiled then, and graphs recorded. The ratio to stock is
 our time over that of torch's own kernels (docs/adr/0021-stock-on-the-gpu.md) in the same engine.
 """
 
@@ -32,7 +32,8 @@ from isobatch.models.loading import load_decoder
 
 REPEATS = 1
 _KV_TOKENS = 300_000
-_WARM = 2  # uncounted runs: the first compiles kernels, the second records prompts of sizes that come again
+_WARM_RUNS = 2  # uncounted: the first compiles kernels, the second records prompts of sizes that come again
+_WARM_SECONDS = 4.0  # a run as long as this has met its sizes again already
 _GATE_TOKENS = 48
 
 GATE = Workload(41, (30, 900), (8, 60))
@@ -194,12 +195,19 @@ def _timed(
     """The median of the counted runs' seconds, and the replies' tokens of every run."""
     progress(f"{engine.decoder.ops.name}: {workload.name}")
     asks = workload.asks(engine.decoder.config.vocab_size)
-    times, runs = [], []
-    for _ in range(_WARM + repeats):
+    times: list[float] = []
+    runs = []
+
+    def run() -> None:
         seconds, replies = serve(engine, asks)
         times.append(seconds)
         runs.append([reply.completions[0].token_ids for reply in replies])
-    return statistics.median(times[_WARM:]), runs
+
+    while len(times) < _WARM_RUNS and sum(times) < _WARM_SECONDS:
+        run()
+    for _ in range(repeats):
+        run()
+    return statistics.median(times[-repeats:]), runs
 
 
 def floor_seconds(
