@@ -74,13 +74,14 @@ def kv_blocks(
 def step_bytes(model: ModelConfig, config: EngineConfig) -> int:
     """Bytes of the largest step's own tensors: activations of a layer, and logits with what sampling makes.
 
-    An estimate from above: a tensor that is freed before the next is made is counted all the same.
+    An estimate from above: a tensor that is freed before the next is made is counted all the same. Prompts
+    that attention pads to a common length (`kernels/attention/padded.py`) take up to 2.25 times their room.
     """
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_size
     inner, copies = model.intermediate_size, 1
     if model.moe is not None:
         inner, copies = model.moe.inner, model.moe.active
-    row = 4 * model.hidden_size + 3 * heads + copies * (3 * inner + 2 * model.hidden_size)
+    row = 4 * model.hidden_size + 9 * heads + copies * (3 * inner + 2 * model.hidden_size)
     logits = 2 * max(config.max_batch_tokens, config.max_batch_sequences) * model.vocab_size * _FLOAT_BYTES
     return config.max_batch_tokens * row * config.number_bytes + logits
 
