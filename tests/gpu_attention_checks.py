@@ -32,7 +32,7 @@ from isobatch.kernels.attention.triton_decode import Down, attention_down
 from isobatch.kernels.attention.triton_phases import Phases, attention_phases
 from isobatch.kernels.bitclass import certify
 from isobatch.kernels.gpu.device import device, dtypes, gluon_runs
-from isobatch.kernels.layout import PagedRows
+from isobatch.kernels.layout import PAGE, PagedRows
 from isobatch.kernels.registry import Member
 
 ROWS = (9,)
@@ -184,13 +184,20 @@ def gathered_keys_are_copies() -> None:
 
 def a_batch_holds_whole_prompts_and_zeros() -> None:
     length, spans = 150, ((0, 150), (40, 60), (0, 1), (5, 149))
-    q, k, v = numbers("batch", len(spans), length, 4, 2, 32, dtypes()[0])
+    q, k, v = numbers("batch", len(spans), length, 5, 1, 48, dtypes()[0])
     queries = tuple((r, p) for r, span in enumerate(spans) for p in range(*span))
     case = GpuAttentionCase(queries, q, k, v, fill=float("nan"))
     chosen = (0, 1, 3)
 
     def look(q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float) -> torch.Tensor:
-        batch, keys, values = into_batch(q, cache, rows, chosen)
+        q = torch.cat((q, torch.full_like(q[:, :1], 7)), 1)[:, :-1]  # in the engine keys are beside it
+        tables = rows.block_tables.clone()
+        for r, (_, end) in enumerate(spans):
+            tables[r, -(-end // PAGE) :] = 2**30  # what lies beyond a request's pages is anything
+        rows = replace(rows, block_tables=tables, _made={})
+        with guarded() as kept:
+            batch, keys, values = into_batch(q, cache, rows, chosen)
+        assert kept(), "wrote beyond the memory that it asked for"
         assert batch.shape[1] == keys.shape[1] == planned(length)
         for entry, r in enumerate(chosen):
             first, end = spans[r]
@@ -208,6 +215,47 @@ def a_batch_holds_whole_prompts_and_zeros() -> None:
         return q
 
     case.call(Member("look", look, GPU_ATTENTION))
+
+
+def rings_run_on_from_item_to_item() -> None:
+    """Few programs for many items, some without keys or queries: nothing of one must reach the next."""
+    if not gluon_runs():
+        return
+    from isobatch.kernels.attention import gluon_decode
+    from isobatch.kernels.attention.gluon_decode import Streamed, attention_streamed
+
+    ends = (1, 700, 127, 128, 1, 129, 256, 383, 17, 500)
+    for D, G in ((64, 1), (96, 5), (128, 4), (128, 16)):
+        q, k, v = numbers(f"rings/{D}/{G}", len(ends), max(ends), 2 * G, 2, D, dtypes()[0])
+        case = GpuAttentionCase(tuple((r, end - 1) for r, end in enumerate(ends)), q, k, v, fill=float("nan"))
+        expected = case.call(MEMBERS[0])[0]
+        expected[4] = 0
+
+        def run(
+            q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float, streamed: Streamed
+        ) -> torch.Tensor:
+            """Request 4 is padded; one without queries is put in the middle."""
+            middle = 6
+            starts, lengths = rows.query_starts.tolist(), rows.context_lengths.tolist()
+            lengths[4] = 0
+            at = [*range(middle), middle - 1, *range(middle, len(ends))]
+            rows = replace(
+                rows,
+                query_starts=GpuPagedRows.upload([*starts[: middle + 1], *starts[middle:]]),
+                context_lengths=GpuPagedRows.upload([lengths[r] for r in at]),
+                block_tables=rows.block_tables[at],
+                queries=(*(1,) * middle, 0, *(1,) * (len(ends) - middle)),
+                contexts=tuple(ends[r] for r in at),
+                _made={},
+            )
+            return attention_streamed(q, cache, rows, scale, streamed=streamed)
+
+        for programs in (1, 2, 5, 132):
+            for streamed in (Streamed(3), Streamed(2, registers=128), Streamed(1)):
+                member = Member("rings", partial(run, streamed=streamed), GPU_ATTENTION)
+                with patch.object(gluon_decode, "multiprocessors", lambda programs=programs: programs):
+                    got = case.call(member)[0]
+                assert bits_equal(got, expected), (D, G, programs, streamed)
 
 
 def lengths_that_are_planned_are_few() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +15,13 @@ import pytest
 import torch
 
 from isobatch.bits import bits_equal
-from isobatch.kernels.attention.gpu_record import ATTENTION_GPU, GPU_ATTENTION, GpuAttentionCase, numbers
+from isobatch.kernels.attention.gpu_record import (
+    ATTENTION_GPU,
+    GPU_ATTENTION,
+    GpuAttentionCase,
+    certify_library,
+    numbers,
+)
 from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
 from isobatch.kernels.attention.gpu_serve import Attention
 from isobatch.kernels.gpu.device import INTERPRETED, device, dtypes
@@ -30,6 +37,7 @@ CHECKS = (
     "a_seen_infinity_is_what_the_sum_gives",
     "gathered_keys_are_copies",
     "a_batch_holds_whole_prompts_and_zeros",
+    "rings_run_on_from_item_to_item",
     "lengths_that_are_planned_are_few",
     "requests_in_a_batch_are_nearly_as_long",
     "variant_kernels_are_refused",
@@ -71,7 +79,7 @@ def test_prompts_in_a_librarys_batch_are_those_alone() -> None:
     shapes = ((len(spans), 1024, heads, 128) for heads in (8, 2, 2))
     q, k, v = (torch.randn(s, generator=random_, device=device()).to(dtypes()[0]) for s in shapes)
     case = GpuAttentionCase(tuple((r, p) for r, span in enumerate(spans) for p in range(*span)), q, k, v)
-    library = Member("library", Attention(chunk="library"), GPU_ATTENTION)
+    library = Member("library", Attention(library=_certified()), GPU_ATTENTION)
     together = case.call(library)[0]
     assert bits_equal(together, case.call(ATTENTION_GPU.canonical)[0])
     begins = [sum(end - first for first, end in spans[:r]) for r in range(len(spans) + 1)]
@@ -83,15 +91,24 @@ def test_prompts_in_a_librarys_batch_are_those_alone() -> None:
         assert not bits_equal(spoilt, together)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="no GPU")
-def test_a_lone_prompt_is_read_where_the_step_has_it() -> None:
-    q, k, v = numbers("lone", 1, 896, 8, 2, 128, dtypes()[0])
-    case = GpuAttentionCase(tuple((0, p) for p in range(896)), q, k, v)
-    library = Attention(chunk="library")
+@cache
+def _certified() -> bool:
+    return certify_library(8, 2, 128, dtypes()[0]).member
 
-    def call(q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float) -> torch.Tensor:
-        spoilt = GpuKVCache(torch.full_like(cache.k, float("nan")), cache.v)  # whoever looks there, fails
-        return library(q, spoilt, rows, scale, (k[0], v[0]))
+
+@pytest.mark.skipif(INTERPRETED, reason="no GPU")
+@pytest.mark.parametrize("before", [0, 128])
+def test_a_lone_prompt_is_read_where_the_step_has_it(before: int) -> None:
+    """With the engine's strides; not so a chunk after a prefix, of which the step has not all keys."""
+    q, k, v = numbers("lone", 1, 1024, 8, 2, 128, dtypes()[0])
+    case = GpuAttentionCase(tuple((0, p) for p in range(before, 1024)), q, k, v)
+    spoil = not before and _certified()  # whoever looks in the cache, fails
+    turned, packed = torch.cat((q[0], k[0]), 1)[before:], torch.cat((q[0], k[0], v[0]), 1)[before:]
+
+    def call(_q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float) -> torch.Tensor:
+        cache = GpuKVCache(torch.full_like(cache.k, float("nan")), cache.v) if spoil else cache
+        own = turned[:, 8:], packed[:, -2:]
+        return Attention(library=_certified())(turned[:, :8], cache, rows, scale, own)
 
     got = case.call(Member("own", call, GPU_ATTENTION))[0]
     assert bits_equal(got, case.call(ATTENTION_GPU.canonical)[0])

@@ -173,7 +173,7 @@ def _real_asks() -> list[tuple[list[int], SamplingParams]]:
     draws = torch.randint(0, 150_000, (6, 1400), generator=torch.Generator().manual_seed(5)).tolist()
     prompts = [
         draws[0][:7] * 40,
-        *(draw[:n] for draw, n in zip(draws, (1, 100, 511, 513, 1400), strict=False)),
+        *(draw[:n] for draw, n in zip(draws, (1, 100, 511, 513, 1400, 1024), strict=True)),
     ]
     return [
         (

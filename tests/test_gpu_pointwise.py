@@ -74,6 +74,12 @@ def test_members_agree(op: OpRecord) -> None:
                 assert bits_equal(left, right), f"{variant}: {member.name}"
 
 
+def test_no_rows_before_attention_are_no_rows() -> None:
+    case = QK_NORM_ROTARY_WRITE.draw("none", 3, QK_NORM_ROTARY_WRITE.variants[0]).take([])
+    q, k, v, *_ = case.call(QK_NORM_ROTARY_WRITE.member(QK_NORM_ROTARY_WRITE.production))
+    assert (q.shape, k.shape, v.shape) == ((0, 6, 64), (0, 2, 64), (0, 2, 64))
+
+
 @pytest.mark.parametrize("op", [r for r in RECORDS if r is not SAMPLE], ids=lambda r: r.name)
 def test_row_alone_poisoned_and_moved_keeps_its_bits(op: OpRecord) -> None:
     member = op.member(op.production)

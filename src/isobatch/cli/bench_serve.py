@@ -32,8 +32,7 @@ from isobatch.models.loading import load_decoder
 
 REPEATS = 1
 _KV_TOKENS = 300_000
-_WARM_RUNS = 2  # uncounted: the first compiles kernels, the second records prompts of sizes that come again
-_WARM_SECONDS = 4.0  # a run as long as this has met its sizes again already
+_WARM = 2  # uncounted runs: the first compiles kernels, the second records prompts of sizes that come again
 _GATE_TOKENS = 48
 
 GATE = Workload(41, (30, 900), (8, 60))
@@ -195,19 +194,12 @@ def _timed(
     """The median of the counted runs' seconds, and the replies' tokens of every run."""
     progress(f"{engine.decoder.ops.name}: {workload.name}")
     asks = workload.asks(engine.decoder.config.vocab_size)
-    times: list[float] = []
-    runs = []
-
-    def run() -> None:
+    times, runs = [], []
+    for _ in range(_WARM + repeats):
         seconds, replies = serve(engine, asks)
         times.append(seconds)
         runs.append([reply.completions[0].token_ids for reply in replies])
-
-    while len(times) < _WARM_RUNS and sum(times) < _WARM_SECONDS:
-        run()
-    for _ in range(repeats):
-        run()
-    return statistics.median(times[-repeats:]), runs
+    return statistics.median(times[_WARM:]), runs
 
 
 def floor_seconds(

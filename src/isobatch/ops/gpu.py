@@ -31,7 +31,7 @@ class GpuOps(CudaOps):
     Args:
         dtype: bfloat16 or float16.
         heads: of the model, with key/value heads and head size: for these the library's attention is
-            certified now, and serves whole prompts if it is a member.
+            certified now, and serves prompts if it is a member.
 
     Raises:
         UnsupportedOpError: no GPU that will do, or another dtype.

@@ -22,7 +22,9 @@ def _gather_kernel(
     room, PIECE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Axes: page, key/value head, request. A page of one head is PIECE numbers in a row, here and there."""
-    request = tl.load(requests + tl.program_id(2))
+    request = tl.program_id(2)
+    if requests is not None:
+        request = tl.load(requests + request)
     page, head = tl.program_id(0), tl.program_id(1)
     context = tl.load(context_lengths + request)
     left = context - page * PAGE_TOKENS
@@ -34,7 +36,7 @@ def _gather_kernel(
     block = tl.load(block_tables + request.to(tl.int64) * table_row + tl.minimum(page, last)).to(tl.int64)
     source = block * block_stride + head * PIECE + i
     origin = tl.load(origins + request).to(tl.int64) * (PIECE // PAGE_TOKENS)
-    to = head * head_stride + origin + page * PIECE + i
+    to = head.to(tl.int64) * head_stride + origin + page * PIECE + i
     tl.store(key + to, tl.load(k + source, mask=used, other=0.0), mask=i < PIECE)
     tl.store(value + to, tl.load(v + source, mask=used, other=0.0), mask=i < PIECE)
 
@@ -62,11 +64,10 @@ def gather(
         pages = -(-(length or rows.contexts[r]) // PAGE)
         total, longest = total + pages * PAGE, max(longest, pages)
     origins = rows.once(("origins", chosen, length), lambda: rows.upload(firsts))
-    requests = rows.once(("gathered", chosen), lambda: rows.upload(chosen))
     pieces = torch.empty(2, kv_heads, total, D, dtype=cache.k.dtype, device=cache.k.device)
     _gather_kernel[(longest, kv_heads, len(chosen))](
-        cache.k, cache.v, pieces[0], pieces[1], requests, origins, rows.context_lengths, rows.block_tables,
-        rows.block_tables.stride(0), cache.k.stride(0), total * D, (length or 0) // PAGE,
+        cache.k, cache.v, pieces[0], pieces[1], rows.requests(chosen), origins, rows.context_lengths,
+        rows.block_tables, rows.block_tables.stride(0), cache.k.stride(0), total * D, (length or 0) // PAGE,
         PIECE=PAGE * D, WIDTH=triton.next_power_of_2(PAGE * D), num_warps=4,
     )  # fmt: skip
     return pieces[0].transpose(0, 1), pieces[1].transpose(0, 1), origins

@@ -1,7 +1,7 @@
-"""The chain of `triton_phases.py` on Hopper, with its loads in a warp of their own.
+"""The chain of `triton_phases.py` on Hopper, with its loads in warps of their own.
 
 The chain's length is what a long context at small batch costs: one step per block of 128 keys, none of which
-may begin before the one before has ended. A producer warp looks the pages up and has the bulk copy engine
+may begin before the one before has ended. Four producer warps look pages up and have the bulk copy engine
 fetch values and weights, several blocks ahead; four consumer warps are left with a barrier that has long been
 passed, the rescaling and the tensor core's own steps.
 

@@ -320,7 +320,6 @@ class Streamed:
 
     stages: int = 3
     registers: int | None = None
-    programs: int = 1
 
 
 def attention_streamed(
@@ -333,7 +332,7 @@ def attention_streamed(
     chosen: tuple[int, ...] | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Decode: one program per request and key/value head, heads of at most 128 numbers.
+    """Decode: programs walk through requests and key/value heads, heads of at most 128 numbers.
 
     Args: as of `attention_tiled`, but that each of the chosen requests has one query, and
         streamed: the member.
@@ -349,8 +348,7 @@ def attention_streamed(
         _, kv_heads, page, D = cache.k.shape
         G = q.shape[1] // kv_heads
         items = kv_heads * len(chosen)
-        programs = streamed.programs * multiprocessors()
-        _decode_kernel[(min(items, programs),)](
+        _decode_kernel[(min(items, multiprocessors()),)](
             q, rows_of(cache.k, page), rows_of(cache.v, page), out, rows.query_starts,
             rows.context_lengths, rows.block_tables, rows.requests(chosen), exponent_scale(scale),
             q.stride(0), q.stride(1), out.stride(0), rows.block_tables.stride(0), kv_heads, items,

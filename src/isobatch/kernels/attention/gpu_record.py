@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache as cached
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from isobatch.errors import IsobatchError
 from isobatch.kernels.attention import stock, triton
+from isobatch.kernels.attention.gather import gather
 from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
 from isobatch.kernels.attention.gpu_serve import Attention, Tiling, serve
 from isobatch.kernels.attention.record import AttentionCase
@@ -150,6 +152,7 @@ ATTENTION_GPU = OpRecord(
         Member("tiles", Attention(decode="tiles", chunk="tiles"), GPU_ATTENTION),
         Member("down, gathered", Attention(decode="down", chunk="gathered"), GPU_ATTENTION),
         Member("streamed", Attention(decode="streamed"), GPU_ATTENTION),
+        Member("streamed, deep", Attention(decode="streamed", deep=0), GPU_ATTENTION),
         Member("phases", Attention(decode="phases"), GPU_ATTENTION),
         Member("phases without Gluon", Attention(decode="phases", gluon=False), GPU_ATTENTION),
         Member("listed", _listed, GPU_ATTENTION),
@@ -165,8 +168,22 @@ ATTENTION_GPU = OpRecord(
 )
 
 
+def _as_the_step_has_it(
+    q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float, member: Attention
+) -> torch.Tensor:
+    """Attention with queries, keys and values side by side, as `qk_norm_rotary_write` leaves them."""
+    key, value, _ = gather(cache, rows, tuple(range(len(rows.queries))))
+    key, value = key[: len(q)], value[: len(q)]
+    turned, packed = torch.cat((q, key), 1), torch.cat((q, key, value), 1)
+    own = turned[:, q.shape[1] :], packed[:, -value.shape[1] :]
+    return member(turned[:, : q.shape[1]], cache, rows, scale, own)
+
+
 def certify_library(H: int, kv_heads: int, head_size: int, dtype: torch.dtype) -> Verdict:
     """Whether cuDNN, as it is on this machine, gives the canonical bits for a model's heads.
+
+    It chooses among its kernels by sizes and strides. So a prompt is tried alone, after a prefix, beside
+    others of other lengths, among many, and where the step has it.
 
     Args:
         H: heads.
@@ -183,18 +200,32 @@ def certify_library(H: int, kv_heads: int, head_size: int, dtype: torch.dtype) -
 
     def chunks(_name: str, rows: int, variant: str) -> GpuAttentionCase:
         spans = {
-            "fresh": [(0, rows)],
+            "alone": [(0, rows)],
             "after a prefix": [(rows // 4, rows + rows // 4)],
-            "side by side": [(0, rows), (rows // 4, rows), (0, rows - rows // 8)],
+            "beside others": [(0, rows), (rows // 4, rows), (0, rows - rows // 8)],
+            "among many": [(0, rows)] * 12,
         }[variant]
         length = max(end for _, end in spans)
-        parts = numbers(f"library/{length}", len(spans), length, H, kv_heads, head_size, dtype)
-        return GpuAttentionCase(tuple((r, p) for r, span in enumerate(spans) for p in range(*span)), *parts)
+        # Twelve requests are four times the same three: drawing takes the longest.
+        parts = numbers(f"library/{length}", min(3, len(spans)), length, H, kv_heads, head_size, dtype)
+        q, k, v = (t.repeat(-(-len(spans) // len(t)), 1, 1, 1) for t in parts)
+        return GpuAttentionCase(tuple((r, p) for r, span in enumerate(spans) for p in range(*span)), q, k, v)
 
-    variants = ("fresh", "after a prefix", "side by side")
-    record = replace(ATTENTION_GPU, draw=chunks, variants=variants, reorder=None)
-    library = Member("library", Attention(chunk="library"), GPU_ATTENTION)
+    library = Attention(chunk="library")
+    at_hand = partial(_as_the_step_has_it, member=library)
+    tried: tuple[tuple[Any, tuple[str, ...], tuple[int, ...]], ...] = (
+        (library, ("alone", "after a prefix", "beside others"), (2, 77, 128, 641, 1024)),
+        (library, ("among many",), (640,)),
+        (at_hand, ("alone",), (128, 1024)),
+    )
+    inputs = 0
     try:
-        return certify(record, library, (2, 77, 128, 641, 1024))
+        for member, variants, row_counts in tried:
+            record = replace(ATTENTION_GPU, draw=chunks, variants=variants, reorder=None)
+            verdict = certify(record, Member("library", member, GPU_ATTENTION), row_counts)
+            inputs += verdict.inputs
+            if not verdict.member:
+                break
+        return replace(verdict, inputs=inputs)
     except (RuntimeError, IsobatchError) as error:
         return Verdict("attention", "library", False, 0, f"{type(error).__name__}: {error}")

@@ -5,7 +5,7 @@ It was fitted on one H200: 32 heads over 8, head size 128, bf16.
 
 Decode, by programs = requests x key/value heads:
 - few programs and long contexts: the three phases, which share one request's keys among programs;
-- otherwise streamed, where kernels in Gluon run and there are more than a few keys;
+- otherwise streamed, where kernels in Gluon run, unless both programs and keys are few;
 - or else keys down the tile, up to two programs per multiprocessor, and sixteen rows beyond.
 Chunks, by queries:
 - 512 queries or more after a prefix of no more than a third of them: the library, where it is certified, in
@@ -40,7 +40,6 @@ _LAUNCH_KEYS = 400  # what its launch costs, likewise
 _PHASES_PROGRAMS = 32
 _PHASES_KEYS = 96  # per program, from which on three launches are worth it
 _STREAMED_CONTEXT = 1024
-_STREAMED_DEEP = 4096  # programs, or keys, from which on a third block on its way pays for its registers
 
 Decode = Literal["tiles", "down", "streamed", "phases"]
 Chunk = Literal["tiles", "gathered", "library"]
@@ -99,12 +98,15 @@ class Attention:
         decode: the member for single queries; None leaves it to the rule.
         chunk: the member for chunks; None leaves it to the rule.
         gluon: whether kernels in Gluon may serve, where they run.
+        deep: keys, or requests times key/value heads, from which on rings have room for three blocks and
+            threads for all registers.
     """
 
     library: bool = False
     decode: Decode | None = None
     chunk: Chunk | None = None
     gluon: bool = True
+    deep: int = 4096
 
     def __call__(
         self,
@@ -182,7 +184,7 @@ class Attention:
         elif member == "streamed":
             from isobatch.kernels.attention.gluon_decode import Streamed, attention_streamed
 
-            deep = max(context, len(chosen) * kv_heads) >= _STREAMED_DEEP
+            deep = max(context, len(chosen) * kv_heads) >= self.deep
             streamed = Streamed(3) if deep else Streamed(2, registers=128)
             attention_streamed(q, cache, rows, scale, streamed=streamed, chosen=chosen, out=out)
         elif member == "down":

@@ -23,8 +23,8 @@ _BLOCK = 128  # of the library's, which computes no less
 def planned(length: int) -> int:
     """The length that an entry is given: a multiple of an eighth of its order of magnitude, or of a block.
 
-    cuDNN makes a plan for every length it meets, which holds everything up for 60 ms (measured on an H200).
-    So there are eight lengths from each power of two to the next, and no more.
+    cuDNN makes a plan for every length and size of batch it meets, which holds everything up for 60 ms
+    (measured on an H200). So there are eight lengths from each power of two to the next, and no more.
     """
     step = max(_BLOCK, 1 << max(0, (length - 1).bit_length() - 4))
     return -(-length // step) * step

@@ -12,7 +12,7 @@ bf16 or fp16; everything else is float32 with subnormal numbers flushed:
 
 Tiles hold queries of one head, or the heads that share a key/value head ("packed", so that decode reads keys
 and values once for the group). Rows of a tile never meet in a sum, so tile shape, warps, stages and the
-tensor core's instruction are free, and certified. The two-phase members are in `triton_phases.py`, the
+tensor core's instruction are free, and certified. The members in three phases are in `triton_phases.py`, the
 library's in `cudnn.py`.
 
 Shape letters: T query rows, R requests, H heads, Hkv key/value heads, G = H / Hkv, D head size.

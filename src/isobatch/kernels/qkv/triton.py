@@ -179,7 +179,7 @@ def qk_norm_rotary_write_tiled(
             **early(),
         )
     q, k = turned.split_with_sizes((H, kv_heads), 1)
-    return q, (k, qkv.view(T, -1, D)[:, -kv_heads:])
+    return q, (k, qkv.view(T, H + 2 * kv_heads, D)[:, -kv_heads:])
 
 
 def qk_norm_rotary_write(
