@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -95,8 +96,16 @@ def test_ratio_to_stock_is_in_points_and_goals(engine: Engine, monkeypatch: pyte
 
     monkeypatch.setattr(bench_serve, "make_engine", make)
     said: list[str] = []
-    report = bench_serve.run("tiny", 3, stock=True, progress=said.append)
+    kept: list[Any] = []
+
+    def keep(report: Any) -> None:
+        assert len(made) == 1, "torch's side had begun"
+        kept.append(json.loads(json.dumps(report)))
+
+    report = bench_serve.run("tiny", 3, stock=True, progress=said.append, keep=keep)
     assert len(made) == 2
+    assert [len(each["points"]) for each in kept] == [len(report["points"])]
+    assert not any("ratio_to_stock" in point for point in kept[0]["points"])
     assert report["gate"] == "green"
     for point in report["points"]:
         assert point["ratio_to_stock"] == point["seconds"] / point["stock_s"] > 0

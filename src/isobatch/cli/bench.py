@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,13 @@ def run(arguments: argparse.Namespace) -> int:
     sides = []
     if arguments.beside:  # read before minutes are spent
         sides = beside.read(arguments.beside, machine.gpu_name())
+    path = arguments.out or _RESULTS / f"{'-'.join([arguments.target, *(arguments.only or ())])}.json"
     console = Console(stderr=True)
     with console.status("checking the bits") as status:
         tell = status.update if console.is_terminal else console.log
         on_gpu = arguments.target in ("gpu", "serve")
-        report = _on_gpu(arguments, tell) if on_gpu else _on_cpu(arguments, tell)
+        keep = partial(results.write, path)
+        report = _on_gpu(arguments, tell, keep) if on_gpu else _on_cpu(arguments, tell)
     if failures := report.get("failures"):
         for failure in failures:
             console.print(failure, style="red", markup=False)
@@ -83,7 +86,6 @@ def run(arguments: argparse.Namespace) -> int:
         return _RED_GATE
     if sides:
         report = beside.merged(report, sides)
-    path = arguments.out or _RESULTS / f"{'-'.join([arguments.target, *(arguments.only or ())])}.json"
     results.write(path, report)
     _print(Console(stderr=arguments.json), report)
     console.print(f"kept in {path}")
@@ -132,7 +134,11 @@ def _on_cpu(arguments: argparse.Namespace, progress: Callable[[str], None]) -> d
     return {"gate": "green", "figures": target.measure(model, arguments.repeats or _REPEATS, progress)}
 
 
-def _on_gpu(arguments: argparse.Namespace, progress: Callable[[str], None]) -> dict[str, Any]:
+def _on_gpu(
+    arguments: argparse.Namespace,
+    progress: Callable[[str], None],
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
     from isobatch.errors import MissingDependencyError, UnsupportedOpError
 
     try:
@@ -148,7 +154,7 @@ def _on_gpu(arguments: argparse.Namespace, progress: Callable[[str], None]) -> d
         model, repeats = arguments.model or MODEL, arguments.repeats or bench_serve.REPEATS
         if arguments.only == ["steps"]:
             return bench_steps.run(model, progress)
-        return bench_serve.run(model, repeats, stock=not arguments.only, progress=progress)
+        return bench_serve.run(model, repeats, stock=not arguments.only, progress=progress, keep=keep)
     parts = arguments.only or list(_PARTS["gpu"])
     verdicts = bench_gpu.gate(parts, progress)
     if failures := [str(verdict) for verdict in verdicts if not verdict.member]:

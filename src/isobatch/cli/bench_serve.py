@@ -100,7 +100,13 @@ def gate(engine: Engine) -> list[str]:
     return [f"{wrong} of {len(copies)} copies differ from the reply alone"] if wrong else []
 
 
-def run(model: str, repeats: int, stock: bool, progress: Callable[[str], None]) -> dict[str, Any]:
+def run(
+    model: str,
+    repeats: int,
+    stock: bool,
+    progress: Callable[[str], None],
+    keep: Callable[[dict[str, Any]], None] = lambda _report: None,
+) -> dict[str, Any]:
     """Checks the bits and runs every workload: by our kernels, then by torch's own in the same engine.
 
     Args:
@@ -108,6 +114,7 @@ def run(model: str, repeats: int, stock: bool, progress: Callable[[str], None]) 
         repeats: counted runs of each workload and side.
         stock: whether torch's side runs at all.
         progress: told each workload.
+        keep: given what there is before torch's side begins, which takes minutes and may be interrupted.
 
     Returns:
         failures if the bits were wrong. Else ceilings of the device, goals with what was reached, and a point
@@ -119,6 +126,7 @@ def run(model: str, repeats: int, stock: bool, progress: Callable[[str], None]) 
     """
     report = _ours(model, repeats, progress)
     if stock and "failures" not in report:
+        keep(report)
         release()  # the two are not held in memory at the same time
         compare(report["points"], make_engine(model, "stock"), repeats, progress)
         report["goals"] = summary(report["points"])
