@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import weakref
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -100,7 +100,7 @@ def test_ratio_to_stock_is_in_points_and_goals(engine: Engine, monkeypatch: pyte
 
     def keep(report: Any) -> None:
         assert len(made) == 1, "torch's side had begun"
-        kept.append(json.loads(json.dumps(report)))
+        kept.append(deepcopy(report))
 
     report = bench_serve.run("tiny", 3, stock=True, progress=said.append, keep=keep)
     assert len(made) == 2

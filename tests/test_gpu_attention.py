@@ -21,6 +21,7 @@ from isobatch.kernels.attention.gpu_record import (
     GpuAttentionCase,
     certify_library,
     numbers,
+    side_by_side,
 )
 from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
 from isobatch.kernels.attention.gpu_serve import Attention
@@ -103,12 +104,11 @@ def test_a_lone_prompt_is_read_where_the_step_has_it(before: int) -> None:
     q, k, v = numbers("lone", 1, 1024, 8, 2, 128, dtypes()[0])
     case = GpuAttentionCase(tuple((0, p) for p in range(before, 1024)), q, k, v)
     spoil = not before and _certified()  # whoever looks in the cache, fails
-    turned, packed = torch.cat((q[0], k[0]), 1)[before:], torch.cat((q[0], k[0], v[0]), 1)[before:]
+    queries, own = side_by_side(q[0, before:], k[0, before:], v[0, before:])
 
     def call(_q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float) -> torch.Tensor:
         cache = GpuKVCache(torch.full_like(cache.k, float("nan")), cache.v) if spoil else cache
-        own = turned[:, 8:], packed[:, -2:]
-        return Attention(library=_certified())(turned[:, :8], cache, rows, scale, own)
+        return Attention(library=_certified())(queries, cache, rows, scale, own)
 
     got = case.call(Member("own", call, GPU_ATTENTION))[0]
     assert bits_equal(got, case.call(ATTENTION_GPU.canonical)[0])

@@ -22,7 +22,7 @@ from isobatch.cli.drawn import drawn
 from isobatch.cli.flash3 import flash_attention_3
 from isobatch.cli.goals import Goal, Point, at_least, at_most, geometric_mean
 from isobatch.errors import IntegrityError, UnsupportedOpError
-from isobatch.kernels.attention.gpu_record import certify_library
+from isobatch.kernels.attention.gpu_record import certify_library, side_by_side
 from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
 from isobatch.kernels.attention.gpu_serve import Attention
 from isobatch.kernels.gpu.device import dtypes
@@ -81,14 +81,13 @@ class _Requests:
         return GpuPagedRows(starts, lengths, self.tables[:requests], starts.long(), *ints)
 
     def _step(self, copy: int) -> tuple[torch.Tensor, StepKeys]:
-        """A fresh prompt's queries, keys and values side by side, as `qk_norm_rotary_write` leaves them."""
+        """A fresh prompt's queries, keys and values as the engine has them."""
         own, q = self.tables[0].long(), self.q[copy]
         k, v = (
             pages[own].transpose(1, 2).flatten(0, 1)[: len(q)]
             for pages in (self.caches[copy].k, self.caches[copy].v)
         )
-        turned, packed = torch.cat((q, k), 1), torch.cat((q, k, v), 1)
-        return turned[:, : q.shape[1]], (turned[:, q.shape[1] :], packed[:, -v.shape[1] :])
+        return side_by_side(q, k, v)
 
     def ours(self, attention: Attention, copy: int) -> torch.Tensor:
         """Every request."""

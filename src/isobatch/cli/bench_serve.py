@@ -1,6 +1,6 @@
 """The figures of `isobatch bench serve`: whole workloads through the engine on the GPU, weights random.
 
-Each workload runs uncounted before: kernels are compiled then, and graphs recorded. The ratio to stock is
+Each workload first runs uncounted: kernels are compiled then, and graphs recorded. The ratio to stock is
 our time over that of torch's own kernels (docs/adr/0021-stock-on-the-gpu.md) in the same engine.
 """
 

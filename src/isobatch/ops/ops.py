@@ -286,6 +286,8 @@ class Ops(Calls):
             block table, the chunk it came in, or whether it is prefill or decode (kernels/attention/cpu.py).
         """
         self._check.floats("attention", "q", q, None, None, None)
+        for name, part in zip(("own keys", "own values"), own or (), strict=False):
+            self._check.floats("attention", name, part, q.shape[0], None, q.shape[2])
         nearer = {} if own is None else {"own": own}
         return cast(torch.Tensor, self._run("attention", q=q, cache=cache, rows=rows, scale=scale, **nearer))
 

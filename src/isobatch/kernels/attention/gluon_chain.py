@@ -57,14 +57,15 @@ def _refill(
 
 
 @gluon.jit
-def _produce(
-    v, weights, values_ring, weights_ring, ready, free, table, kv_heads, group, column, first_row, blocks,
-    last_page, G: gl.constexpr, STAGES: gl.constexpr, PAIR: gl.constexpr,
-):  # fmt: skip
+def _produce(feed, G: gl.constexpr, STAGES: gl.constexpr, PAIR: gl.constexpr):
     """Fetches two of each block's pages, and the first of four warps its weights.
 
     Fewer warps can't issue all copies in the time that the consumers take.
     """
+    (
+        v, weights, values_ring, weights_ring, ready, free, table, kv_heads, group, column, first_row, blocks,
+        last_page,
+    ) = feed  # fmt: skip
     # Two names in turn: a register that is copied is waited for, and the look-up would be ahead of nothing.
     even = pair_of_pages(table, 0, last_page, PAIR)
     for n in range(0, blocks, 2):
@@ -183,6 +184,10 @@ def _chain_kernel(
         mbarrier.init(ready.index(s), count=4)
         mbarrier.init(free.index(s), count=1)
     fence_async_shared()
+    feed = (
+        v, weights, values_ring, weights_ring, ready, free, table, kv_heads, group, column, base * G, blocks,
+        last_page,
+    )  # fmt: skip
     gl.warp_specialize(
         [
             (
@@ -193,34 +198,10 @@ def _chain_kernel(
                     context, G, D, PADDED, HEADS, STAGES,
                 ),
             ),
-            (
-                _produce,
-                (
-                    v, weights, values_ring, weights_ring, ready, free, table, kv_heads, group, column,
-                    base * G, blocks, last_page, G, STAGES, 0,
-                ),
-            ),
-            (
-                _produce,
-                (
-                    v, weights, values_ring, weights_ring, ready, free, table, kv_heads, group, column,
-                    base * G, blocks, last_page, G, STAGES, 1,
-                ),
-            ),
-            (
-                _produce,
-                (
-                    v, weights, values_ring, weights_ring, ready, free, table, kv_heads, group, column,
-                    base * G, blocks, last_page, G, STAGES, 2,
-                ),
-            ),
-            (
-                _produce,
-                (
-                    v, weights, values_ring, weights_ring, ready, free, table, kv_heads, group, column,
-                    base * G, blocks, last_page, G, STAGES, 3,
-                ),
-            ),
+            (_produce, (feed, G, STAGES, 0)),
+            (_produce, (feed, G, STAGES, 1)),
+            (_produce, (feed, G, STAGES, 2)),
+            (_produce, (feed, G, STAGES, 3)),
         ],
         [1, 1, 1, 1],
         [32, 32, 32, 32],

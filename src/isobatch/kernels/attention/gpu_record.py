@@ -24,7 +24,7 @@ from isobatch.kernels.bitclass import Verdict, certify
 from isobatch.kernels.data import floats, integers
 from isobatch.kernels.gpu.data import case_variants, split_variant
 from isobatch.kernels.gpu.device import INTERPRETED, device
-from isobatch.kernels.layout import PAGE, Layout, PagedRows, TiledRows
+from isobatch.kernels.layout import PAGE, Layout, PagedRows, StepKeys, TiledRows
 from isobatch.kernels.registry import Member, OpRecord, Outputs, Reordering
 from isobatch.kernels.stock import STOCK, DenseCache, DenseStack, DenseWeight
 
@@ -168,15 +168,19 @@ ATTENTION_GPU = OpRecord(
 )
 
 
-def _as_the_step_has_it(
+def side_by_side(q: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, StepKeys]:
+    """Copies of [T, H, D] and [T, Hkv, D] that lie as `qk_norm_rotary_write` leaves them, strides and all."""
+    turned, packed = torch.cat((q, key), 1), torch.cat((q, key, value), 1)
+    return turned[:, : q.shape[1]], (turned[:, q.shape[1] :], packed[:, -value.shape[1] :])
+
+
+def _at_hand(
     q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float, member: Attention
 ) -> torch.Tensor:
-    """Attention with queries, keys and values side by side, as `qk_norm_rotary_write` leaves them."""
-    key, value, _ = gather(cache, rows, tuple(range(len(rows.queries))))
-    key, value = key[: len(q)], value[: len(q)]
-    turned, packed = torch.cat((q, key), 1), torch.cat((q, key, value), 1)
-    own = turned[:, q.shape[1] :], packed[:, -value.shape[1] :]
-    return member(turned[:, : q.shape[1]], cache, rows, scale, own)
+    """Attention of a lone prompt that is read where the step has it."""
+    key, value, _ = gather(cache, rows, (0,))
+    queries, own = side_by_side(q, key[: len(q)], value[: len(q)])
+    return member(queries, cache, rows, scale, own)
 
 
 def certify_library(H: int, kv_heads: int, head_size: int, dtype: torch.dtype) -> Verdict:
@@ -206,13 +210,13 @@ def certify_library(H: int, kv_heads: int, head_size: int, dtype: torch.dtype) -
             "among many": [(0, rows)] * 12,
         }[variant]
         length = max(end for _, end in spans)
-        # Twelve requests are four times the same three: drawing takes the longest.
-        parts = numbers(f"library/{length}", min(3, len(spans)), length, H, kv_heads, head_size, dtype)
-        q, k, v = (t.repeat(-(-len(spans) // len(t)), 1, 1, 1) for t in parts)
+        # Drawing takes the longest: all cases are cut out of the same three requests.
+        three = (t[:, :length] for t in numbers("library", 3, 1280, H, kv_heads, head_size, dtype))
+        q, k, v = (t.repeat(-(-len(spans) // 3), 1, 1, 1)[: len(spans)] for t in three)
         return GpuAttentionCase(tuple((r, p) for r, span in enumerate(spans) for p in range(*span)), q, k, v)
 
     library = Attention(chunk="library")
-    at_hand = partial(_as_the_step_has_it, member=library)
+    at_hand = partial(_at_hand, member=library)
     tried: tuple[tuple[Any, tuple[str, ...], tuple[int, ...]], ...] = (
         (library, ("alone", "after a prefix", "beside others"), (2, 77, 128, 641, 1024)),
         (library, ("among many",), (640,)),

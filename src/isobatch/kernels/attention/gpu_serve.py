@@ -160,9 +160,9 @@ class Attention:
         """The member for single queries of this many requests, whose contexts are at most `context`."""
         if group > 16:
             return "tiles"
-        if self.decode is not None:
-            return "down" if self.decode == "streamed" and not self._gluon(head_size) else self.decode
         programs, gluon = requests * kv_heads, self._gluon(head_size)
+        if self.decode is not None:
+            return "down" if self.decode == "streamed" and not gluon else self.decode
         if programs <= _PHASES_PROGRAMS and context >= _PHASES_KEYS * programs:
             return "phases"
         if gluon and (programs > multiprocessors() or context >= _STREAMED_CONTEXT):

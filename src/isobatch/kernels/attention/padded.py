@@ -78,7 +78,7 @@ def into_batch(
         (queries [B, L, H, D], keys [B, L, Hkv, D], values), D contiguous.
     """
     length = planned(max(rows.contexts[r] for r in chosen))
-    keys, values, *_ = gather(cache, rows, chosen, length)
+    keys, values, _ = gather(cache, rows, chosen, length)
     queries = torch.empty(len(chosen), length, *q.shape[1:], dtype=q.dtype, device=q.device)
     _move(q if q[0].is_contiguous() else q.contiguous(), queries, rows, chosen, back=False)
     keys, values = (t.view(len(chosen), length, *t.shape[1:]) for t in (keys, values))
