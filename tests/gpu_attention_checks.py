@@ -15,7 +15,6 @@ from unittest.mock import patch
 import torch
 
 from isobatch.bits import bits_equal
-from isobatch.kernels.attention import triton as tiles
 from isobatch.kernels.attention.gather import gather
 from isobatch.kernels.attention.gpu_record import (
     ATTENTION_GPU,
@@ -30,6 +29,7 @@ from isobatch.kernels.attention.padded import into_batch, out_of_batch, planned
 from isobatch.kernels.attention.triton import Tile, attention_row, attention_tiled
 from isobatch.kernels.attention.triton_decode import Down, attention_down
 from isobatch.kernels.attention.triton_phases import Phases, attention_phases
+from isobatch.kernels.attention.triton_write import write_kv
 from isobatch.kernels.bitclass import certify
 from isobatch.kernels.gpu.device import device, dtypes, gluon_runs
 from isobatch.kernels.layout import PAGE, PagedRows
@@ -322,7 +322,7 @@ def write_kv_takes_any_strides() -> None:
     cache = GpuKVCache.empty(4, 3, 24, k.dtype)
     cache.k.zero_()
     cache.v.zero_()
-    tiles.write_kv(wide[:, 1:4], wide[:, 4:], cache, PagedRows(slots, slots, slots, slots))
+    write_kv(wide[:, 1:4], wide[:, 4:], cache, PagedRows(slots, slots, slots, slots))
     for t, slot in enumerate(slots.tolist()):
         if slot >= 0:
             assert bits_equal(cache.k[slot // 16, :, slot % 16], k[0, t])

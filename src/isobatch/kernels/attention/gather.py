@@ -41,6 +41,18 @@ def _gather_kernel(
     tl.store(value + to, tl.load(v + source, mask=used, other=0.0), mask=i < PIECE)
 
 
+def places(
+    rows: GpuPagedRows, chosen: tuple[int, ...], length: int | None = None
+) -> tuple[list[int], int, int]:
+    """Where `gather` puts requests: (the row of each one's position 0, rows in all, pages of the longest)."""
+    firsts, total, longest = [0] * len(rows.queries), 0, 0
+    for r in chosen:
+        firsts[r] = total
+        pages = -(-(length or rows.contexts[r]) // PAGE)
+        total, longest = total + pages * PAGE, max(longest, pages)
+    return firsts, total, longest
+
+
 def gather(
     cache: GpuKVCache, rows: GpuPagedRows, chosen: tuple[int, ...], length: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -58,11 +70,7 @@ def gather(
         chosen request's position 0, int32 [R] on the device.
     """
     _, kv_heads, _, D = cache.k.shape
-    firsts, total, longest = [0] * len(rows.queries), 0, 0
-    for r in chosen:
-        firsts[r] = total
-        pages = -(-(length or rows.contexts[r]) // PAGE)
-        total, longest = total + pages * PAGE, max(longest, pages)
+    firsts, total, longest = places(rows, chosen, length)
     origins = rows.once(("origins", chosen, length), lambda: rows.upload(firsts))
     pieces = torch.empty(2, kv_heads, total, D, dtype=cache.k.dtype, device=cache.k.device)
     _gather_kernel[(longest, kv_heads, len(chosen))](

@@ -19,7 +19,8 @@ from isobatch.kernels.attention.gather import gather
 from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
 from isobatch.kernels.attention.gpu_serve import Attention, Tiling, serve
 from isobatch.kernels.attention.record import AttentionCase
-from isobatch.kernels.attention.triton import Tile, attention_row, attention_tiled, write_kv
+from isobatch.kernels.attention.triton import Tile, attention_row, attention_tiled
+from isobatch.kernels.attention.triton_write import write_kv
 from isobatch.kernels.bitclass import Verdict, certify
 from isobatch.kernels.data import floats, integers
 from isobatch.kernels.gpu.data import case_variants, split_variant
@@ -152,7 +153,7 @@ ATTENTION_GPU = OpRecord(
         Member("tiles", Attention(decode="tiles", chunk="tiles"), GPU_ATTENTION),
         Member("down, gathered", Attention(decode="down", chunk="gathered"), GPU_ATTENTION),
         Member("streamed", Attention(decode="streamed"), GPU_ATTENTION),
-        Member("streamed, deep", Attention(decode="streamed", deep=0), GPU_ATTENTION),
+        Member("streamed deep, fed", Attention(decode="streamed", deep=0, chunk="fed"), GPU_ATTENTION),
         Member("phases", Attention(decode="phases"), GPU_ATTENTION),
         Member("phases without Gluon", Attention(decode="phases", gluon=False), GPU_ATTENTION),
         Member("listed", _listed, GPU_ATTENTION),

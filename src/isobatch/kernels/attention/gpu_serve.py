@@ -23,16 +23,23 @@ from typing import Literal
 import torch
 
 from isobatch.kernels.attention.cudnn import attention_cudnn, fresh_prompt
-from isobatch.kernels.attention.gather import gather
+from isobatch.kernels.attention.gather import gather, places
 from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows, cut
 from isobatch.kernels.attention.padded import planned
-from isobatch.kernels.attention.triton import Tile, attention_contiguous, attention_listed, attention_tiled
+from isobatch.kernels.attention.triton import (
+    Tile,
+    attention_again,
+    attention_contiguous,
+    attention_listed,
+    attention_tiled,
+)
 from isobatch.kernels.attention.triton_decode import Down, attention_down
 from isobatch.kernels.attention.triton_phases import Phases, attention_phases
 from isobatch.kernels.gpu.device import gluon_runs, multiprocessors
 from isobatch.kernels.layout import StepKeys, TiledRows
 
 _WIDE = 128  # beyond this head size one block of keys and values fills half a multiprocessor
+_FED_SIZES = (64, 128)  # what a row of shared memory is swizzled for
 _LIBRARY_QUERIES = 512
 _GATHER_QUERIES = 1024
 _PAIRS_PER_KEY = 750  # of queries and keys that are computed in the time that a prompt alone loses, per key
@@ -42,7 +49,7 @@ _PHASES_KEYS = 96  # per program, from which on three launches are worth it
 _STREAMED_CONTEXT = 1024
 
 Decode = Literal["tiles", "down", "streamed", "phases"]
-Chunk = Literal["tiles", "gathered", "library"]
+Chunk = Literal["tiles", "gathered", "library", "fed"]
 
 
 def _small(head_size: int) -> Tile:
@@ -134,7 +141,10 @@ class Attention:
         """
         if isinstance(rows, TiledRows):
             return attention_listed(q, cache, rows, scale, tile=_small(cache.k.shape[3]))
-        lone = rows.queries == rows.contexts == (len(q),) and self.chunk_member(len(q), len(q)) == "library"
+        lone = (
+            rows.queries == rows.contexts == (len(q),)
+            and self.chunk_member(len(q), len(q), q.shape[2]) == "library"
+        )
         if lone and own is not None and planned(len(q)) == len(q):
             return fresh_prompt(q, *own, scale)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -142,15 +152,16 @@ class Attention:
             self._decode(q, cache, rows, scale, out)
         waiting: dict[Chunk, list[int]] = {}
         for r in rows.chunks:
-            waiting.setdefault(self.chunk_member(rows.queries[r], rows.contexts[r]), []).append(r)
+            waiting.setdefault(self.chunk_member(rows.queries[r], rows.contexts[r], q.shape[2]), []).append(r)
         for member, requests in waiting.items():
-            self._chunks(member, q, cache, rows, scale, tuple(requests), out)
+            self._chunks(member, q, cache, rows, scale, tuple(requests), own, out)
         return out
 
-    def chunk_member(self, queries: int, context: int) -> Chunk:
+    def chunk_member(self, queries: int, context: int, head_size: int) -> Chunk:
         """The member for a chunk of `queries` tokens that ends at `context`."""
         whole = 4 * queries >= 3 * context  # the library computes the prefix's rows, too
-        if self.chunk is not None and (self.chunk != "library" or whole):
+        fed = self._gluon(head_size) and head_size in _FED_SIZES
+        if self.chunk is not None and {"library": whole, "fed": fed}.get(self.chunk, True):
             return self.chunk
         if self.library and whole and queries >= _LIBRARY_QUERIES:
             return "library"
@@ -202,6 +213,7 @@ class Attention:
         rows: GpuPagedRows,
         scale: float,
         chosen: tuple[int, ...],
+        own: StepKeys | None,
         out: torch.Tensor,
     ) -> None:
         wide = cache.k.shape[3] > _WIDE
@@ -212,10 +224,36 @@ class Attention:
         elif member == "library":
             for batch in rows.once(("batches", chosen), lambda: batches(rows.contexts, chosen)):
                 attention_cudnn(q, cache, rows, scale, chosen=batch, out=out)
+        elif member == "fed":
+            self._feed(q, cache, rows, scale, chosen, own, out)
         else:
             key, value, origins = gather(cache, rows, chosen)
             tile = Tile(128, 8, 1 if wide else 3, packed=True)
             attention_contiguous(q, key, value, origins, rows, scale, tile=tile, chosen=chosen, out=out)
+
+    def _feed(
+        self,
+        q: torch.Tensor,
+        cache: GpuKVCache,
+        rows: GpuPagedRows,
+        scale: float,
+        chosen: tuple[int, ...],
+        own: StepKeys | None,
+        out: torch.Tensor,
+    ) -> None:
+        """Fresh prompts are read where the step has them, others where they have been gathered."""
+        from isobatch.kernels.attention.gluon_prefill import attention_fed
+
+        fresh = tuple(r for r in chosen if own is not None and rows.queries[r] == rows.contexts[r])
+        later = tuple(r for r in chosen if r not in fresh)
+        for requests in filter(None, (fresh, later)):
+            if own is not None and requests is fresh:
+                key, value, firsts = *own, rows.begins
+            else:
+                key, value, _ = gather(cache, rows, requests)
+                firsts = tuple(places(rows, requests)[0])
+            spoilt = attention_fed(q, key, value, firsts, rows, scale, chosen=requests, out=out)
+            attention_again(q, cache, rows, scale, spoilt, chosen=requests, out=out)
 
 
 serve = Attention()

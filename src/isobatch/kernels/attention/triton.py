@@ -96,7 +96,7 @@ def _attend_blocks(
 @triton.jit
 def _attention_kernel(
     q, k, v, out, query_starts, context_lengths, block_tables, requests, tiles, c,
-    q_row, q_head, out_row, table_row, count,
+    q_row, q_head, out_row, table_row, count, spoilt,
     block_stride: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     HEIGHT: tl.constexpr,
     PACKED: tl.constexpr, LISTED: tl.constexpr, SINGLE: tl.constexpr, MEET: tl.constexpr,
@@ -106,10 +106,15 @@ def _attention_kernel(
 
     LISTED: tiles come from a list; otherwise requests have one query (SINGLE) and cdiv(G, HEIGHT) tiles each.
     MEET: a tile may hold several queries, of which some see keys that others do not.
+    spoilt [tiles, heads, 2]: which tiles another member could not compute; None for all.
     """
     inputs_ready()
     item = tl.program_id(1)
     head = tl.program_id(0)
+    if spoilt is not None:
+        parts = spoilt + (item * tl.num_programs(0) + head) * 2
+        if tl.load(parts) + tl.load(parts + 1) == 0:
+            return
     if LISTED:
         request = tl.load(tiles + item)
         first = tl.load(tiles + count + item)
@@ -160,17 +165,21 @@ def _attention_kernel(
             D, WIDTH, ROWS, True, False, PAGED, STAGES,
         )  # fmt: skip
     else:
-        acc, m, lanes = _attend_blocks(
-            acc, m, lanes, qs, k, v, table, group, 0, whole, position, keys, block_stride, c,
-            D, WIDTH, ROWS, False, False, PAGED, STAGES,
-        )  # fmt: skip
-        acc, m, lanes = _attend_blocks(
-            acc, m, lanes, qs, k, v, table, group, whole, keys, position, keys, block_stride, c,
-            D, WIDTH, ROWS, True, False, PAGED, 1,
-        )  # fmt: skip
+        if spoilt is None:
+            acc, m, lanes = _attend_blocks(
+                acc, m, lanes, qs, k, v, table, group, 0, whole, position, keys, block_stride, c,
+                D, WIDTH, ROWS, False, False, PAGED, STAGES,
+            )  # fmt: skip
+            acc, m, lanes = _attend_blocks(
+                acc, m, lanes, qs, k, v, table, group, whole, keys, position, keys, block_stride, c,
+                D, WIDTH, ROWS, True, False, PAGED, 1,
+            )  # fmt: skip
+            again = tl.min((tl.abs(acc) < float("inf")).to(tl.int32)) == 0
+        else:
+            again = True
         # 0 * NaN and 0 * inf are NaN, and stay it: where all is finite, no row saw what it must not. Where
         # not, which is rare, the tile is begun again with care, which takes more registers than there are.
-        if tl.min((tl.abs(acc) < float("inf")).to(tl.int32)) == 0:
+        if again:
             acc = tl.zeros((ROWS, WIDTH), tl.float32)
             m = tl.full((ROWS,), float("-inf"), tl.float32)
             lanes = tl.zeros((ROWS, 4), tl.float32)
@@ -295,6 +304,35 @@ def attention_contiguous(
     return out
 
 
+def attention_again(
+    q: torch.Tensor,
+    cache: GpuKVCache,
+    rows: GpuPagedRows,
+    scale: float,
+    spoilt: torch.Tensor,
+    *,
+    chosen: tuple[int, ...],
+    out: torch.Tensor,
+) -> None:
+    """Those tiles of 128 queries of one head that another member could not compute, with care.
+
+    Args:
+        q: bf16 or fp16 [T, H, D], on the device, D contiguous.
+        cache: of the layer.
+        rows: whose queries these are.
+        scale: of the scores, positive.
+        spoilt: int32 [tiles, H, 2], not zero where a tile is to be computed; tiles in the order of `cut`.
+        chosen: the requests whose tiles these are.
+        out: where to write, like q and contiguous.
+
+    Determinism:
+        As `attention_tiled`, bit for bit.
+    """
+    tiles, tile = rows.tiles(chosen, 1, 128), Tile(128, 8, 1, packed=False)
+    tables, items = rows.block_tables, tiles.shape[1]
+    _launch_items(q, cache.k, cache.v, rows, tables, scale, tile, None, tiles, items, out, spoilt)
+
+
 def _launch(
     q: torch.Tensor,
     k: torch.Tensor | TensorDescriptor,
@@ -329,6 +367,7 @@ def _launch_items(
     tiles: torch.Tensor | None,
     items: int,
     out: torch.Tensor,
+    spoilt: torch.Tensor | None = None,
 ) -> None:
     """Tiles from a list, or those of requests with one query."""
     if not items:
@@ -342,7 +381,7 @@ def _launch_items(
     _attention_kernel[(H // G if tile.packed else H, items)](
         q, k, v, out, rows.query_starts, rows.context_lengths, tables, requests, tiles,
         exponent_scale(scale), q.stride(0), q.stride(1), out.stride(0), tables.stride(0) if paged else 0,
-        items,
+        items, spoilt,
         block_stride=k.stride(0) if paged else 0, G=G, D=D, WIDTH=triton.next_power_of_2(D), ROWS=tile.rows,
         HEIGHT=height, PACKED=tile.packed,
         LISTED=not single, SINGLE=single, MEET=meet, PAGED=paged,
@@ -358,38 +397,3 @@ def attention_row(q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale:
     G = q.shape[1] // cache.k.shape[1]
     tile = Tile(16, 1, 2, packed=G <= 16, height=G if G <= 16 else 1)
     return attention_tiled(q, cache, rows, scale, tile=tile)
-
-
-@triton.jit
-def _write_kv_kernel(
-    key, value, slots, k, v, key_row, key_head, value_row, value_head, block_stride,
-    HEADS: tl.constexpr, H_WIDTH: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + t).to(tl.int64)
-    if slot < 0:
-        return
-    h = tl.arange(0, H_WIDTH)[:, None]
-    d = tl.arange(0, WIDTH)[None, :]
-    inside = (h < HEADS) & (d < D)
-    to = slot // PAGE * block_stride + (h * PAGE + slot % PAGE) * D + d
-    tl.store(k + to, tl.load(key + t * key_row + h * key_head + d, mask=inside), mask=inside)
-    tl.store(v + to, tl.load(value + t * value_row + h * value_head + d, mask=inside), mask=inside)
-
-
-def write_kv(key: torch.Tensor, value: torch.Tensor, cache: GpuKVCache, rows: PagedRows) -> None:
-    """Stores each row's key and value in its slot. A copy, no arithmetic.
-
-    Args:
-        key: bf16 or fp16 [T, Hkv, D], on the device, D contiguous.
-        value: likewise.
-        cache: of the layer.
-        rows: `slots` says where each row goes; a padded row's slot is negative.
-    """
-    T, kv_heads, D = key.shape
-    if T:
-        _write_kv_kernel[(T,)](
-            key, value, rows.slots, cache.k, cache.v, key.stride(0), key.stride(1), value.stride(0),
-            value.stride(1), cache.k.stride(0), HEADS=kv_heads, H_WIDTH=triton.next_power_of_2(kv_heads), D=D,
-            WIDTH=triton.next_power_of_2(D), num_warps=2,
-        )  # fmt: skip

@@ -1,0 +1,368 @@
+"""Prefill on Hopper: two groups of four warps that sum, two warps that feed them; the order of `triton.py`.
+
+What bounds a prompt is that the tensor core waits for exponentials, and those for the tensor core. So a group
+begins the next block's scores and this block's product with the values at once, and takes the next block's
+weights while they run; and while one group has weights to take, the other's products fill the tensor core.
+Both read the same keys and values, each for 64 queries of one head. Weights go to the tensor core as they lie
+in registers.
+
+Programs walk through tiles, the longest first, and are dealt them as one deals cards to and fro, so that all
+end at about the same time. Keys and values must lie in one piece per request: as the step has them if it has
+all of them, or else gathered from their pages.
+
+A value that is NaN or infinite spoils rows that do not see it, since a weight of zero is no help against it.
+Tiles whose result is not finite say so, and `triton.py` computes them again, with care.
+
+Triton's interpreter does not know Gluon: `triton.py` is the text that runs on the CPU.
+
+Shape letters: T query rows, H heads, Hkv key/value heads, G = H / Hkv, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from isobatch.kernels.attention.gluon_steps import SPAN, barrier, bulk_copy, layout
+from isobatch.kernels.attention.gpu_rows import GpuPagedRows, cut
+from isobatch.kernels.attention.launch import exponent_scale
+from isobatch.kernels.attention.triton_steps import lane_sums, row_total
+from isobatch.kernels.gpu.device import multiprocessors
+from isobatch.kernels.gpu.overlap import early
+from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
+
+ROWS = 128  # of a tile: queries of one head
+_HALF = gl.constexpr(64)  # of a group of warps
+_STAGES = 2
+
+
+@gluon.jit
+def _rounds(items):
+    """How many tiles this program is dealt."""
+    step, me, dealt = gl.num_programs(0), gl.program_id(0), items // gl.num_programs(0)
+    place = gl.where(dealt % 2 == 0, me, step - 1 - me)
+    return dealt + (place < items - dealt * step).to(gl.int32)
+
+
+@gluon.jit
+def _tile(table, count, heads, turn):
+    """(item, head, first row, rows, position of the first row, row of the request's first key)."""
+    step, me = gl.num_programs(0), gl.program_id(0)
+    item = turn * step + gl.where(turn % 2 == 0, me, step - 1 - me)
+    at = table + gl.minimum(item // heads, count - 1)
+    row, rows = gl.load(at), gl.load(at + count)
+    return item, item % heads, row, rows, gl.load(at + 2 * count), gl.load(at + 3 * count)
+
+
+@gluon.jit
+def _produce_keys(
+    q, k, queries, keys, queries_ready, queries_free, ready, free, table, count, heads, group, items,
+    head_rows, head_columns, D: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    block = 0
+    for turn in range(_rounds(items)):
+        _, head, row, rows, position, origin = _tile(table, count, heads, turn)
+        which = turn % 2
+        mbarrier.wait(queries_free.index(which), (turn // 2 + 1) & 1)
+        mbarrier.expect(queries_ready.index(which), q.block_type.nbytes)
+        bulk_copy(q, [row, head * D], queries_ready.index(which), queries.index(which))
+        row, column = origin + head // group * head_rows, head // group * head_columns
+        for n in range(gl.cdiv(position + rows, SPAN)):
+            s = block % STAGES
+            mbarrier.wait(free.index(s), (block // STAGES + 1) & 1)
+            mbarrier.expect(ready.index(s), k.block_type.nbytes)
+            bulk_copy(k, [row + n * SPAN, column], ready.index(s), keys.index(s))
+            block += 1
+
+
+@gluon.jit
+def _produce_values(
+    v, values, ready, free, table, count, heads, group, items, head_rows, head_columns,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    block = 0
+    for turn in range(_rounds(items)):
+        _, head, _, rows, position, origin = _tile(table, count, heads, turn)
+        row, column = origin + head // group * head_rows, head // group * head_columns
+        for n in range(gl.cdiv(position + rows, SPAN)):
+            s = block % STAGES
+            mbarrier.wait(free.index(s), (block // STAGES + 1) & 1)
+            mbarrier.expect(ready.index(s), v.block_type.nbytes)
+            bulk_copy(v, [row + n * SPAN, column], ready.index(s), values.index(s))
+            block += 1
+
+
+@gluon.jit
+def _weights(s, m, lanes, c, n, position, MASK: gl.constexpr, scores: gl.constexpr, by_lane: gl.constexpr):
+    """`softmax_block` of block n's scores."""
+    x = mul(s, gl.full([_HALF, SPAN], 0.0, gl.float32, layout=scores) + c)
+    if MASK:
+        j = n * SPAN + gl.arange(0, SPAN, layout=gl.SliceLayout(0, scores))
+        x = gl.where(j[None, :] <= position[:, None], x, float("-inf"))
+    top = gl.maximum(m, gl.max(x, 1))
+    p = ex2(sub(x, top[:, None]))
+    alpha = ex2(sub(m, top))
+    b = gl.convert_layout(alpha, gl.SliceLayout(1, by_lane))
+    t = gl.convert_layout(lane_sums(p, _HALF), by_lane)
+    return p, alpha, top, fma(lanes, b[:, None], t)
+
+
+@gluon.jit
+def _advance(
+    acc, p, alpha, m, lanes, query, keys, values, keys_ready, keys_free, values_ready, values_free, mine,
+    other, block, n, c, position, MASK: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.constexpr,
+    TURNS: gl.constexpr, scores: gl.constexpr, across: gl.constexpr, by_lane: gl.constexpr,
+):  # fmt: skip
+    """The product with values of block n, and beside it the weights of block n + 1."""
+    ks, vs = (block + 1) % STAGES, block % STAGES
+    if TURNS:
+        mbarrier.wait(mine, (block + 1 - WHICH) & 1)
+    mbarrier.wait(keys_ready.index(ks), ((block + 1) // STAGES) & 1)
+    blank = gl.zeros([_HALF, SPAN], gl.float32, layout=scores)
+    coming = warpgroup_mma(query, keys.index(ks).permute((1, 0)), blank, use_acc=False, is_async=True)
+    mbarrier.wait(values_ready.index(vs), (block // STAGES) & 1)
+    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, across))[:, None]
+    token = warpgroup_mma(p, values.index(vs), acc, is_async=True)
+    if TURNS:
+        barrier()
+        mbarrier.arrive(other)
+    s = warpgroup_mma_wait(1, deps=[coming])
+    fresh, alpha, m, lanes = _weights(s, m, lanes, c, n + 1, position, MASK, scores, by_lane)
+    fresh = gl.convert_layout(fresh.to(p.dtype), gl.DotOperandLayout(0, across, 2))
+    # What has long come is waited for once more: the assembler would move the weights behind the next line,
+    # where nothing runs beside them, and a branch is what it moves nothing across.
+    mbarrier.wait(keys_ready.index(ks), ((block + 1) // STAGES) & 1)
+    acc, p, fresh, lanes = warpgroup_mma_wait(0, deps=[token, p, fresh, lanes])
+    barrier()
+    mbarrier.arrive(keys_free.index(ks))
+    mbarrier.arrive(values_free.index(vs))
+    return acc, fresh, alpha, m, lanes
+
+
+@gluon.jit
+def _consume(
+    queries, keys, values, queries_ready, queries_free, keys_ready, keys_free, values_ready, values_free,
+    mine, other, out, spoilt, table, count, heads, items, c, out_row,
+    D: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.constexpr, TURNS: gl.constexpr,
+):  # fmt: skip
+    scores: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, SPAN, 16]
+    )
+    across: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16]
+    )
+    operand: gl.constexpr = gl.DotOperandLayout(0, across, 2)
+    # A thread has a lane of those rows whose weights of that lane it has.
+    by_lane: gl.constexpr = gl.DistributedLinearLayout(
+        reg_bases=[[8, 0]],
+        lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, 4],
+    )
+    r = gl.arange(0, _HALF, layout=gl.SliceLayout(1, scores))
+    i = gl.arange(0, _HALF, layout=gl.SliceLayout(1, across))
+    d = gl.arange(0, D, layout=gl.SliceLayout(0, across))
+    block = 0
+    item, head, row, rows, start, _ = _tile(table, count, heads, 0)
+    for turn in range(_rounds(items)):
+        which = turn % 2
+        # Asked for a tile before it is needed.
+        next_item, next_head, next_row, next_rows, next_start, _ = _tile(table, count, heads, turn + 1)
+        position = start + gl.minimum(WHICH * _HALF + r, rows - 1)
+        blocks = gl.cdiv(start + rows, SPAN)
+        whole = gl.minimum((start + WHICH * _HALF + 1) // SPAN, blocks)
+        m = gl.full([_HALF], float("-inf"), gl.float32, layout=gl.SliceLayout(1, scores))
+        lanes = gl.zeros([_HALF, 4], gl.float32, layout=by_lane)
+        acc = gl.zeros([_HALF, D], gl.float32, layout=across)
+        query = queries.index(which).slice(WHICH * _HALF, _HALF)
+        mbarrier.wait(queries_ready.index(which), (turn // 2) & 1)
+        s = block % STAGES
+        mbarrier.wait(keys_ready.index(s), (block // STAGES) & 1)
+        blank = gl.zeros([_HALF, SPAN], gl.float32, layout=scores)
+        first = warpgroup_mma(query, keys.index(s).permute((1, 0)), blank, use_acc=False, is_async=True)
+        x = warpgroup_mma_wait(0, deps=[first])
+        barrier()
+        mbarrier.arrive(keys_free.index(s))
+        p, alpha, m, lanes = _weights(x, m, lanes, c, 0, position, True, scores, by_lane)
+        p = gl.convert_layout(p.to(values.dtype), operand)
+        for n in range(whole - 1):
+            acc, p, alpha, m, lanes = _advance(
+                acc, p, alpha, m, lanes, query, keys, values, keys_ready, keys_free, values_ready,
+                values_free, mine, other, block, n, c, position, False, STAGES, WHICH, TURNS, scores, across,
+                by_lane,
+            )  # fmt: skip
+            block += 1
+        for n in range(gl.maximum(whole - 1, 0), blocks - 1):
+            acc, p, alpha, m, lanes = _advance(
+                acc, p, alpha, m, lanes, query, keys, values, keys_ready, keys_free, values_ready,
+                values_free, mine, other, block, n, c, position, True, STAGES, WHICH, TURNS, scores, across,
+                by_lane,
+            )  # fmt: skip
+            block += 1
+        s = block % STAGES
+        if TURNS:
+            mbarrier.wait(mine, (block + 1 - WHICH) & 1)
+        mbarrier.wait(values_ready.index(s), (block // STAGES) & 1)
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, across))[:, None]
+        token = warpgroup_mma(p, values.index(s), acc, is_async=True)
+        if TURNS:
+            barrier()
+            mbarrier.arrive(other)
+        total = gl.convert_layout(row_total(lanes, _HALF), gl.SliceLayout(1, across))
+        acc, p = warpgroup_mma_wait(0, deps=[token, p])
+        barrier()
+        mbarrier.arrive(values_free.index(s))
+        mbarrier.arrive(queries_free.index(which))
+        block += 1
+        inside = (WHICH * _HALF + i < rows)[:, None]
+        bare = (gl.abs(acc) < float("inf")) | (~inside)
+        gl.store(spoilt + item * 2 + WHICH, 1 - gl.min(gl.min(bare.to(gl.int32), 1), 0))
+        at = out + (row + WHICH * _HALF + i).to(gl.int64)[:, None] * out_row + head * D + d[None, :]
+        gl.store(at, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
+        item, head, row, rows, start = next_item, next_head, next_row, next_rows, next_start
+    gdc_launch_dependents()
+
+
+@gluon.jit
+def _prefill_kernel(
+    q, k, v, out, spoilt, table, c, count, heads, group, items, out_row, head_rows, head_columns,
+    D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+):  # fmt: skip
+    """Axis: the place at the table where tiles are dealt."""
+    queries = gl.allocate_shared_memory(q.dtype, [2, 2 * _HALF, D], q.layout)
+    keys = gl.allocate_shared_memory(q.dtype, [STAGES, SPAN, D], k.layout)
+    values = gl.allocate_shared_memory(q.dtype, [STAGES, SPAN, D], v.layout)
+    queries_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    queries_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    keys_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    keys_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    values_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    values_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(2):
+        mbarrier.init(queries_ready.index(s), count=1)
+        mbarrier.init(queries_free.index(s), count=2)
+        mbarrier.init(order.index(s), count=1)
+    for s in gl.static_range(STAGES):
+        mbarrier.init(keys_ready.index(s), count=1)
+        mbarrier.init(keys_free.index(s), count=2)
+        mbarrier.init(values_ready.index(s), count=1)
+        mbarrier.init(values_free.index(s), count=2)
+    fence_async_shared()
+    gdc_wait()
+    gl.warp_specialize(
+        [
+            (
+                _consume,
+                (
+                    queries, keys, values, queries_ready, queries_free, keys_ready, keys_free, values_ready,
+                    values_free, order.index(0), order.index(1), out, spoilt, table, count, heads, items, c,
+                    out_row, D, STAGES, 0, TURNS,
+                ),
+            ),
+            (
+                _consume,
+                (
+                    queries, keys, values, queries_ready, queries_free, keys_ready, keys_free, values_ready,
+                    values_free, order.index(1), order.index(0), out, spoilt, table, count, heads, items, c,
+                    out_row, D, STAGES, 1, TURNS,
+                ),
+            ),
+            (
+                _produce_keys,
+                (
+                    q, k, queries, keys, queries_ready, queries_free, keys_ready, keys_free, table, count,
+                    heads, group, items, head_rows, head_columns, D, STAGES,
+                ),
+            ),
+            (
+                _produce_values,
+                (
+                    v, values, values_ready, values_free, table, count, heads, group, items, head_rows,
+                    head_columns, STAGES,
+                ),
+            ),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
+    )  # fmt: skip
+
+
+def _flat(tensor: torch.Tensor) -> TensorDescriptor:
+    """For the bulk copy engine: 128 rows of a head of [N, heads, D], heads side by side or one by one."""
+    N, heads, D = tensor.shape
+    apart = tensor.stride(1) != D
+    shape, strides = ([heads * N, D], [D, 1]) if apart else ([N, heads * D], [tensor.stride(0), 1])
+    return TensorDescriptor(tensor.as_strided(shape, strides), shape, strides, [128, D], layout(tensor.dtype))
+
+
+def attention_fed(
+    q: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    firsts: Sequence[int],
+    rows: GpuPagedRows,
+    scale: float,
+    *,
+    chosen: tuple[int, ...],
+    out: torch.Tensor,
+    turns: bool = True,
+) -> torch.Tensor:
+    """Prefill over keys and values that lie in one piece per request, heads of 64 or 128 numbers.
+
+    Args:
+        q: bf16 or fp16 [T, H, D], on the device, D contiguous.
+        key: likewise [N, Hkv, D]: heads side by side, or each head's rows one after another.
+        value: likewise, in the same way.
+        firsts: for each request the row of `key` and `value` with its position 0.
+        rows: whose queries these are, and whose `contexts` are exact for the chosen requests.
+        scale: of the scores, positive.
+        chosen: the requests to serve.
+        out: where to write, like q and contiguous.
+        turns: whether the two groups of warps take turns at the tensor core.
+
+    Returns:
+        int32 [tiles, H, 2] for `attention_again`: where it is not zero, `out` is not yet what it must be.
+        Rows of requests that were not chosen are left alone.
+
+    Determinism:
+        A row depends on its query and on its request's keys and values up to its position.
+    """
+    H, D = q.shape[1:]
+    kv_heads, apart = key.shape[1], key.stride(1) != D
+    q = q if q.stride(1) == D else q.contiguous()
+
+    def tiles() -> torch.Tensor:
+        requests, starts = cut(rows.queries, rows.contexts, chosen, 1, ROWS)
+        pairs = list(zip(requests, starts, strict=True))
+        return rows.upload(
+            [
+                [rows.begins[r] + first for r, first in pairs],
+                [min(ROWS, rows.queries[r] - first) for r, first in pairs],
+                [rows.contexts[r] - rows.queries[r] + first for r, first in pairs],
+                [firsts[r] for r, _ in pairs],
+            ]
+        )
+
+    table = rows.once(("fed", chosen, apart), tiles)
+    count = table.shape[1]
+    spoilt = torch.empty(count, H, 2, dtype=torch.int32, device=q.device)
+    items = count * H
+    _prefill_kernel[(min(items, multiprocessors()),)](
+        _flat(q), _flat(key), _flat(value), out, spoilt, table, exponent_scale(scale), count, H,
+        H // kv_heads, items, out.stride(0), len(key) if apart else 0, 0 if apart else D,
+        D=D, STAGES=_STAGES, TURNS=turns, num_warps=4, **early(),
+    )  # fmt: skip
+    return spoilt
