@@ -74,7 +74,8 @@ def _fold_across_warps(x, WARPS: tl.constexpr = 1):
 def attention_summing(step: Any) -> Mapping[str, Any]:
     block = rebuilt(softmax_block, lane_sums=step)
     blocks = rebuilt(attention._attend_blocks, softmax_block=block)
-    return {"_attention_kernel": rebuilt(attention._attention_kernel, _attend_blocks=blocks)}
+    tile = rebuilt(attention.attend_tile, _attend_blocks=blocks)
+    return {"_attention_kernel": rebuilt(attention._attention_kernel, attend_tile=tile)}
 
 
 def norm_summing(step: Any) -> Mapping[str, Any]:

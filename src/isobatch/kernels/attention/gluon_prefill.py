@@ -28,13 +28,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from isobatch.kernels.attention.gluon_steps import SPAN, barrier, bulk_copy, layout
+from isobatch.kernels.attention.gluon_steps import SPAN, barrier, bulk_copy, bulk_store, layout
 from isobatch.kernels.attention.gpu_rows import GpuPagedRows, cut
 from isobatch.kernels.attention.launch import exponent_scale
 from isobatch.kernels.attention.triton_steps import lane_sums, row_total
@@ -45,6 +46,7 @@ from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
 ROWS = 128  # of a tile: queries of one head
 _HALF = gl.constexpr(64)  # of a group of warps
 _STAGES = 2
+_SECOND_LEVEL = 32 << 20  # bytes of keys and values that it holds beside all else
 
 
 @gluon.jit
@@ -56,27 +58,38 @@ def _rounds(items):
 
 
 @gluon.jit
-def _tile(table, count, heads, turn):
-    """(item, head, first row, rows, position of the first row, row of the request's first key)."""
+def _tile(table, count, section, items, turn):
+    """(tile, head, first row, rows, position of the first row, row of the request's first key)."""
     step, me = gl.num_programs(0), gl.program_id(0)
-    item = turn * step + gl.where(turn % 2 == 0, me, step - 1 - me)
-    at = table + gl.minimum(item // heads, count - 1)
+    item = gl.minimum(turn * step + gl.where(turn % 2 == 0, me, step - 1 - me), items - 1)
+    before = item // (count * section)
+    tile = (item - before * count * section) // section
+    at = table + tile
     row, rows = gl.load(at), gl.load(at + count)
-    return item, item % heads, row, rows, gl.load(at + 2 * count), gl.load(at + 3 * count)
+    return (
+        tile,
+        before * section + item % section,
+        row,
+        rows,
+        gl.load(at + 2 * count),
+        gl.load(at + 3 * count),
+    )
 
 
 @gluon.jit
 def _produce_keys(
-    q, k, queries, keys, queries_ready, queries_free, ready, free, table, count, heads, group, items,
+    q, k, queries, keys, queries_ready, queries_free, ready, free, table, count, section, group, items,
     head_rows, head_columns, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     block = 0
     for turn in range(_rounds(items)):
-        _, head, row, rows, position, origin = _tile(table, count, heads, turn)
+        _, head, row, rows, position, origin = _tile(table, count, section, items, turn)
         which = turn % 2
         mbarrier.wait(queries_free.index(which), (turn // 2 + 1) & 1)
-        mbarrier.expect(queries_ready.index(which), q.block_type.nbytes)
-        bulk_copy(q, [row, head * D], queries_ready.index(which), queries.index(which))
+        mbarrier.expect(queries_ready.index(which), q.block_type.nbytes * 2)
+        for half in gl.static_range(2):
+            at = [row + half * _HALF, head * D]
+            bulk_copy(q, at, queries_ready.index(which), queries.index(which * 2 + half))
         row, column = origin + head // group * head_rows, head // group * head_columns
         for n in range(gl.cdiv(position + rows, SPAN)):
             s = block % STAGES
@@ -88,12 +101,12 @@ def _produce_keys(
 
 @gluon.jit
 def _produce_values(
-    v, values, ready, free, table, count, heads, group, items, head_rows, head_columns,
+    v, values, ready, free, table, count, section, group, items, head_rows, head_columns,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     block = 0
     for turn in range(_rounds(items)):
-        _, head, _, rows, position, origin = _tile(table, count, heads, turn)
+        _, head, _, rows, position, origin = _tile(table, count, section, items, turn)
         row, column = origin + head // group * head_rows, head // group * head_columns
         for n in range(gl.cdiv(position + rows, SPAN)):
             s = block % STAGES
@@ -120,23 +133,18 @@ def _weights(s, m, lanes, c, n, position, MASK: gl.constexpr, scores: gl.constex
 
 @gluon.jit
 def _advance(
-    acc, p, alpha, m, lanes, query, keys, values, keys_ready, keys_free, values_ready, values_free, mine,
-    other, block, n, c, position, MASK: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.constexpr,
-    TURNS: gl.constexpr, scores: gl.constexpr, across: gl.constexpr, by_lane: gl.constexpr,
+    acc, p, alpha, m, lanes, query, keys, values, keys_ready, keys_free, values_ready, values_free, block, n,
+    c, position, MASK: gl.constexpr, STAGES: gl.constexpr, scores: gl.constexpr, across: gl.constexpr,
+    by_lane: gl.constexpr,
 ):  # fmt: skip
     """The product with values of block n, and beside it the weights of block n + 1."""
     ks, vs = (block + 1) % STAGES, block % STAGES
-    if TURNS:
-        mbarrier.wait(mine, (block + 1 - WHICH) & 1)
     mbarrier.wait(keys_ready.index(ks), ((block + 1) // STAGES) & 1)
     blank = gl.zeros([_HALF, SPAN], gl.float32, layout=scores)
     coming = warpgroup_mma(query, keys.index(ks).permute((1, 0)), blank, use_acc=False, is_async=True)
     mbarrier.wait(values_ready.index(vs), (block // STAGES) & 1)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, across))[:, None]
     token = warpgroup_mma(p, values.index(vs), acc, is_async=True)
-    if TURNS:
-        barrier()
-        mbarrier.arrive(other)
     s = warpgroup_mma_wait(1, deps=[coming])
     fresh, alpha, m, lanes = _weights(s, m, lanes, c, n + 1, position, MASK, scores, by_lane)
     fresh = gl.convert_layout(fresh.to(p.dtype), gl.DotOperandLayout(0, across, 2))
@@ -153,8 +161,8 @@ def _advance(
 @gluon.jit
 def _consume(
     queries, keys, values, queries_ready, queries_free, keys_ready, keys_free, values_ready, values_free,
-    mine, other, out, spoilt, table, count, heads, items, c, out_row,
-    D: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.constexpr, TURNS: gl.constexpr,
+    out, out_row, whole_out, spoilt, table, count, section, heads, items, c,
+    D: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
     scores: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, SPAN, 16]
@@ -175,18 +183,20 @@ def _consume(
     i = gl.arange(0, _HALF, layout=gl.SliceLayout(1, across))
     d = gl.arange(0, D, layout=gl.SliceLayout(0, across))
     block = 0
-    item, head, row, rows, start, _ = _tile(table, count, heads, 0)
+    tile, head, row, rows, start, _ = _tile(table, count, section, items, 0)
     for turn in range(_rounds(items)):
         which = turn % 2
         # Asked for a tile before it is needed.
-        next_item, next_head, next_row, next_rows, next_start, _ = _tile(table, count, heads, turn + 1)
+        next_tile, next_head, next_row, next_rows, next_start, _ = _tile(
+            table, count, section, items, turn + 1
+        )
         position = start + gl.minimum(WHICH * _HALF + r, rows - 1)
         blocks = gl.cdiv(start + rows, SPAN)
         whole = gl.minimum((start + WHICH * _HALF + 1) // SPAN, blocks)
         m = gl.full([_HALF], float("-inf"), gl.float32, layout=gl.SliceLayout(1, scores))
         lanes = gl.zeros([_HALF, 4], gl.float32, layout=by_lane)
         acc = gl.zeros([_HALF, D], gl.float32, layout=across)
-        query = queries.index(which).slice(WHICH * _HALF, _HALF)
+        query = queries.index(which * 2 + WHICH)
         mbarrier.wait(queries_ready.index(which), (turn // 2) & 1)
         s = block % STAGES
         mbarrier.wait(keys_ready.index(s), (block // STAGES) & 1)
@@ -200,48 +210,53 @@ def _consume(
         for n in range(whole - 1):
             acc, p, alpha, m, lanes = _advance(
                 acc, p, alpha, m, lanes, query, keys, values, keys_ready, keys_free, values_ready,
-                values_free, mine, other, block, n, c, position, False, STAGES, WHICH, TURNS, scores, across,
-                by_lane,
+                values_free, block, n, c, position, False, STAGES, scores, across, by_lane,
             )  # fmt: skip
             block += 1
         for n in range(gl.maximum(whole - 1, 0), blocks - 1):
             acc, p, alpha, m, lanes = _advance(
                 acc, p, alpha, m, lanes, query, keys, values, keys_ready, keys_free, values_ready,
-                values_free, mine, other, block, n, c, position, True, STAGES, WHICH, TURNS, scores, across,
-                by_lane,
+                values_free, block, n, c, position, True, STAGES, scores, across, by_lane,
             )  # fmt: skip
             block += 1
         s = block % STAGES
-        if TURNS:
-            mbarrier.wait(mine, (block + 1 - WHICH) & 1)
         mbarrier.wait(values_ready.index(s), (block // STAGES) & 1)
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, across))[:, None]
         token = warpgroup_mma(p, values.index(s), acc, is_async=True)
-        if TURNS:
-            barrier()
-            mbarrier.arrive(other)
         total = gl.convert_layout(row_total(lanes, _HALF), gl.SliceLayout(1, across))
         acc, p = warpgroup_mma_wait(0, deps=[token, p])
         barrier()
         mbarrier.arrive(values_free.index(s))
-        mbarrier.arrive(queries_free.index(which))
         block += 1
-        inside = (WHICH * _HALF + i < rows)[:, None]
-        bare = (gl.abs(acc) < float("inf")) | (~inside)
-        gl.store(spoilt + item * 2 + WHICH, 1 - gl.min(gl.min(bare.to(gl.int32), 1), 0))
-        at = out + (row + WHICH * _HALF + i).to(gl.int64)[:, None] * out_row + head * D + d[None, :]
-        gl.store(at, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
-        item, head, row, rows, start = next_item, next_head, next_row, next_rows, next_start
+        inside = WHICH * _HALF + i < rows
+        bare = gl.min((gl.abs(acc) < float("inf")).to(gl.int32), 1) == 1
+        gl.store(
+            spoilt + (tile * heads + head) * (2 * _HALF) + WHICH * _HALF + i, (inside & (~bare)).to(gl.int8)
+        )
+        result = (acc / total[:, None]).to(values.dtype)
+        if rows >= WHICH * _HALF + _HALF:
+            # Nobody needs the queries any more; their place is the results'.
+            query.store(result)
+            fence_async_shared()
+            barrier()
+            bulk_store(whole_out, [row + WHICH * _HALF, head * D], query)
+            tma.store_wait(0)
+        else:
+            at = out + (row + WHICH * _HALF + i).to(gl.int64)[:, None] * out_row + head * D + d[None, :]
+            gl.store(at, result, mask=inside[:, None])
+        barrier()
+        mbarrier.arrive(queries_free.index(which))
+        tile, head, row, rows, start = next_tile, next_head, next_row, next_rows, next_start
     gdc_launch_dependents()
 
 
 @gluon.jit
 def _prefill_kernel(
-    q, k, v, out, spoilt, table, c, count, heads, group, items, out_row, head_rows, head_columns,
-    D: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+    q, k, v, whole_out, out, spoilt, table, c, count, heads, section, group, items, out_row, head_rows,
+    head_columns, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Axis: the place at the table where tiles are dealt."""
-    queries = gl.allocate_shared_memory(q.dtype, [2, 2 * _HALF, D], q.layout)
+    queries = gl.allocate_shared_memory(q.dtype, [4, _HALF, D], q.layout)
     keys = gl.allocate_shared_memory(q.dtype, [STAGES, SPAN, D], k.layout)
     values = gl.allocate_shared_memory(q.dtype, [STAGES, SPAN, D], v.layout)
     queries_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -250,11 +265,9 @@ def _prefill_kernel(
     keys_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     values_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     values_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(2):
         mbarrier.init(queries_ready.index(s), count=1)
         mbarrier.init(queries_free.index(s), count=2)
-        mbarrier.init(order.index(s), count=1)
     for s in gl.static_range(STAGES):
         mbarrier.init(keys_ready.index(s), count=1)
         mbarrier.init(keys_free.index(s), count=2)
@@ -268,29 +281,29 @@ def _prefill_kernel(
                 _consume,
                 (
                     queries, keys, values, queries_ready, queries_free, keys_ready, keys_free, values_ready,
-                    values_free, order.index(0), order.index(1), out, spoilt, table, count, heads, items, c,
-                    out_row, D, STAGES, 0, TURNS,
+                    values_free, out, out_row, whole_out, spoilt, table, count, section, heads, items, c,
+                    D, STAGES, 0,
                 ),
             ),
             (
                 _consume,
                 (
                     queries, keys, values, queries_ready, queries_free, keys_ready, keys_free, values_ready,
-                    values_free, order.index(1), order.index(0), out, spoilt, table, count, heads, items, c,
-                    out_row, D, STAGES, 1, TURNS,
+                    values_free, out, out_row, whole_out, spoilt, table, count, section, heads, items, c,
+                    D, STAGES, 1,
                 ),
             ),
             (
                 _produce_keys,
                 (
                     q, k, queries, keys, queries_ready, queries_free, keys_ready, keys_free, table, count,
-                    heads, group, items, head_rows, head_columns, D, STAGES,
+                    section, group, items, head_rows, head_columns, D, STAGES,
                 ),
             ),
             (
                 _produce_values,
                 (
-                    v, values, values_ready, values_free, table, count, heads, group, items, head_rows,
+                    v, values, values_ready, values_free, table, count, section, group, items, head_rows,
                     head_columns, STAGES,
                 ),
             ),
@@ -300,12 +313,20 @@ def _prefill_kernel(
     )  # fmt: skip
 
 
-def _flat(tensor: torch.Tensor) -> TensorDescriptor:
-    """For the bulk copy engine: 128 rows of a head of [N, heads, D], heads side by side or one by one."""
+def _section(kv_heads: int, keys: int, head_size: int) -> int:
+    """Key/value heads that programs go through before the next ones, so that the cache holds them."""
+    fit = max(1, _SECOND_LEVEL // (4 * keys * head_size))
+    return max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n <= fit)
+
+
+def _flat(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
+    """For the bulk copy engine: so many rows of a head of [N, heads, D], heads side by side or one by one."""
     N, heads, D = tensor.shape
     apart = tensor.stride(1) != D
     shape, strides = ([heads * N, D], [D, 1]) if apart else ([N, heads * D], [tensor.stride(0), 1])
-    return TensorDescriptor(tensor.as_strided(shape, strides), shape, strides, [128, D], layout(tensor.dtype))
+    return TensorDescriptor(
+        tensor.as_strided(shape, strides), shape, strides, [rows, D], layout(tensor.dtype)
+    )
 
 
 def attention_fed(
@@ -318,7 +339,6 @@ def attention_fed(
     *,
     chosen: tuple[int, ...],
     out: torch.Tensor,
-    turns: bool = True,
 ) -> torch.Tensor:
     """Prefill over keys and values that lie in one piece per request, heads of 64 or 128 numbers.
 
@@ -331,10 +351,9 @@ def attention_fed(
         scale: of the scores, positive.
         chosen: the requests to serve.
         out: where to write, like q and contiguous.
-        turns: whether the two groups of warps take turns at the tensor core.
 
     Returns:
-        int32 [tiles, H, 2] for `attention_again`: where it is not zero, `out` is not yet what it must be.
+        int8 [tiles, H, 128] for `attention_again`: where it is not zero, `out` is not yet what it must be.
         Rows of requests that were not chosen are left alone.
 
     Determinism:
@@ -358,11 +377,12 @@ def attention_fed(
 
     table = rows.once(("fed", chosen, apart), tiles)
     count = table.shape[1]
-    spoilt = torch.empty(count, H, 2, dtype=torch.int32, device=q.device)
-    items = count * H
+    spoilt = torch.empty(count, H, ROWS, dtype=torch.int8, device=q.device)
+    items, half, group = count * H, _HALF.value, H // kv_heads
+    section = _section(kv_heads, sum(rows.contexts[r] for r in chosen), D) * group
     _prefill_kernel[(min(items, multiprocessors()),)](
-        _flat(q), _flat(key), _flat(value), out, spoilt, table, exponent_scale(scale), count, H,
-        H // kv_heads, items, out.stride(0), len(key) if apart else 0, 0 if apart else D,
-        D=D, STAGES=_STAGES, TURNS=turns, num_warps=4, **early(),
+        _flat(q, half), _flat(key, ROWS), _flat(value, ROWS), _flat(out, half), out, spoilt, table,
+        exponent_scale(scale), count, H, section, group, items, out.stride(0), len(key) if apart else 0,
+        0 if apart else D, D=D, STAGES=_STAGES, num_warps=4, **early(),
     )  # fmt: skip
     return spoilt

@@ -18,6 +18,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # Names that later releases have changed; where both are there, the older one only says so.
 bulk_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+bulk_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 SPAN = gl.constexpr(128)
 PAGE = gl.constexpr(16)

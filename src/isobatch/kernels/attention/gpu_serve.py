@@ -28,11 +28,11 @@ from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows, cut
 from isobatch.kernels.attention.padded import planned
 from isobatch.kernels.attention.triton import (
     Tile,
-    attention_again,
     attention_contiguous,
     attention_listed,
     attention_tiled,
 )
+from isobatch.kernels.attention.triton_again import attention_again
 from isobatch.kernels.attention.triton_decode import Down, attention_down
 from isobatch.kernels.attention.triton_phases import Phases, attention_phases
 from isobatch.kernels.gpu.device import gluon_runs, multiprocessors

@@ -94,41 +94,21 @@ def _attend_blocks(
 
 
 @triton.jit
-def _attention_kernel(
-    q, k, v, out, query_starts, context_lengths, block_tables, requests, tiles, c,
-    q_row, q_head, out_row, table_row, count, spoilt,
+def attend_tile(
+    q, k, v, out, query_starts, context_lengths, block_tables, c, q_row, q_head, out_row, table_row,
+    request, first, head,
     block_stride: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    PACKED: tl.constexpr, LISTED: tl.constexpr, SINGLE: tl.constexpr, MEET: tl.constexpr,
-    PAGED: tl.constexpr, STAGES: tl.constexpr,
+    HEIGHT: tl.constexpr, PACKED: tl.constexpr, SINGLE: tl.constexpr, MEET: tl.constexpr,
+    PAGED: tl.constexpr, CARE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of query rows. Axis 0: heads, or key/value heads if PACKED; axis 1: tiles.
+    """A request's tile of query rows, `first` on, of a head, or of a group's if PACKED.
 
-    LISTED: tiles come from a list; otherwise requests have one query (SINGLE) and cdiv(G, HEIGHT) tiles each.
-    MEET: a tile may hold several queries, of which some see keys that others do not.
-    spoilt [tiles, heads, 2]: which tiles another member could not compute; None for all.
+    SINGLE: requests have one query, and padded ones no keys. MEET: a tile may hold several queries, of which
+    some see keys that others do not. CARE: one of them may be NaN or infinite.
     """
-    inputs_ready()
-    item = tl.program_id(1)
-    head = tl.program_id(0)
-    if spoilt is not None:
-        parts = spoilt + (item * tl.num_programs(0) + head) * 2
-        if tl.load(parts) + tl.load(parts + 1) == 0:
-            return
-    if LISTED:
-        request = tl.load(tiles + item)
-        first = tl.load(tiles + count + item)
-    else:
-        request = item // ((G + HEIGHT - 1) // HEIGHT)
-        first = item % ((G + HEIGHT - 1) // HEIGHT) * HEIGHT
-        if requests is not None:
-            request = tl.load(requests + request)
     begin = tl.load(query_starts + request)
     queries = tl.load(query_starts + request + 1) - begin
     context = tl.load(context_lengths + request)
-    if queries <= 0:
-        return
-
     r = tl.arange(0, ROWS)
     if PACKED:
         group = head
@@ -165,7 +145,7 @@ def _attention_kernel(
             D, WIDTH, ROWS, True, False, PAGED, STAGES,
         )  # fmt: skip
     else:
-        if spoilt is None:
+        if not CARE:
             acc, m, lanes = _attend_blocks(
                 acc, m, lanes, qs, k, v, table, group, 0, whole, position, keys, block_stride, c,
                 D, WIDTH, ROWS, False, False, PAGED, STAGES,
@@ -193,6 +173,41 @@ def _attention_kernel(
         result = tl.where(context > 0, result, 0.0)  # a padded request
     at = (rows * out_row + h * D)[:, None] + d[None, :]
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _attention_kernel(
+    q, k, v, out, query_starts, context_lengths, block_tables, requests, tiles, c,
+    q_row, q_head, out_row, table_row, count,
+    block_stride: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    PACKED: tl.constexpr, LISTED: tl.constexpr, SINGLE: tl.constexpr, MEET: tl.constexpr,
+    PAGED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One tile of query rows. Axis 0: heads, or key/value heads if PACKED; axis 1: tiles.
+
+    LISTED: tiles come from a list; otherwise requests have one query (SINGLE) and cdiv(G, HEIGHT) tiles each.
+    MEET: a tile may hold several queries, of which some see keys that others do not.
+    """
+    inputs_ready()
+    item = tl.program_id(1)
+    head = tl.program_id(0)
+    if LISTED:
+        request = tl.load(tiles + item)
+        first = tl.load(tiles + count + item)
+    else:
+        request = item // ((G + HEIGHT - 1) // HEIGHT)
+        first = item % ((G + HEIGHT - 1) // HEIGHT) * HEIGHT
+        if requests is not None:
+            request = tl.load(requests + request)
+    # What ends here has no queries: a padded request, or one that is not there.
+    if tl.load(query_starts + request + 1) <= tl.load(query_starts + request):
+        return
+    attend_tile(
+        q, k, v, out, query_starts, context_lengths, block_tables, c, q_row, q_head, out_row, table_row,
+        request, first, head,
+        block_stride, G, D, WIDTH, ROWS, HEIGHT, PACKED, SINGLE, MEET, PAGED, False, STAGES,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,35 +319,6 @@ def attention_contiguous(
     return out
 
 
-def attention_again(
-    q: torch.Tensor,
-    cache: GpuKVCache,
-    rows: GpuPagedRows,
-    scale: float,
-    spoilt: torch.Tensor,
-    *,
-    chosen: tuple[int, ...],
-    out: torch.Tensor,
-) -> None:
-    """Those tiles of 128 queries of one head that another member could not compute, with care.
-
-    Args:
-        q: bf16 or fp16 [T, H, D], on the device, D contiguous.
-        cache: of the layer.
-        rows: whose queries these are.
-        scale: of the scores, positive.
-        spoilt: int32 [tiles, H, 2], not zero where a tile is to be computed; tiles in the order of `cut`.
-        chosen: the requests whose tiles these are.
-        out: where to write, like q and contiguous.
-
-    Determinism:
-        As `attention_tiled`, bit for bit.
-    """
-    tiles, tile = rows.tiles(chosen, 1, 128), Tile(128, 8, 1, packed=False)
-    tables, items = rows.block_tables, tiles.shape[1]
-    _launch_items(q, cache.k, cache.v, rows, tables, scale, tile, None, tiles, items, out, spoilt)
-
-
 def _launch(
     q: torch.Tensor,
     k: torch.Tensor | TensorDescriptor,
@@ -367,7 +353,6 @@ def _launch_items(
     tiles: torch.Tensor | None,
     items: int,
     out: torch.Tensor,
-    spoilt: torch.Tensor | None = None,
 ) -> None:
     """Tiles from a list, or those of requests with one query."""
     if not items:
@@ -381,7 +366,7 @@ def _launch_items(
     _attention_kernel[(H // G if tile.packed else H, items)](
         q, k, v, out, rows.query_starts, rows.context_lengths, tables, requests, tiles,
         exponent_scale(scale), q.stride(0), q.stride(1), out.stride(0), tables.stride(0) if paged else 0,
-        items, spoilt,
+        items,
         block_stride=k.stride(0) if paged else 0, G=G, D=D, WIDTH=triton.next_power_of_2(D), ROWS=tile.rows,
         HEIGHT=height, PACKED=tile.packed,
         LISTED=not single, SINGLE=single, MEET=meet, PAGED=paged,

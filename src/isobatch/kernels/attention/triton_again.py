@@ -1,0 +1,84 @@
+"""Tiles that another member could not compute, once more and with care, by the code of `triton.py`.
+
+A tensor core multiplies what is masked, too, and a weight of zero is no help against a value that is NaN or
+infinite. A member that finds such a thing in its results says where; here those tiles are computed so that no
+row has a part of what it does not see. It is rare, so all that must be fast is to find nothing to do.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
+from isobatch.kernels.attention.launch import exponent_scale
+from isobatch.kernels.attention.triton import attend_tile
+from isobatch.kernels.gpu.device import multiprocessors
+from isobatch.kernels.gpu.overlap import early, inputs_ready
+
+_ROWS = 128
+
+
+@triton.jit
+def _again_kernel(
+    q, k, v, out, query_starts, context_lengths, block_tables, tiles, spoilt, c,
+    q_row, q_head, out_row, table_row, count, each,
+    block_stride: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """A program looks through `each` of the tiles of all heads."""
+    inputs_ready()
+    begin = tl.program_id(0) * each
+    end = tl.minimum(begin + each, count * H)
+    for start in range(begin, end, AT_ONCE):
+        item = start + tl.arange(0, AT_ONCE)
+        marks = spoilt + item.to(tl.int64)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+        marked = tl.max(tl.load(marks, mask=(item < end)[:, None], other=0).to(tl.int32), 1)
+        if tl.max(marked, 0) > 0:
+            for i in range(AT_ONCE):
+                if tl.sum(tl.where(tl.arange(0, AT_ONCE) == i, marked, 0), 0) > 0:
+                    request = tl.load(tiles + (start + i) // H)
+                    first = tl.load(tiles + count + (start + i) // H)
+                    attend_tile(
+                        q, k, v, out, query_starts, context_lengths, block_tables, c, q_row, q_head, out_row,
+                        table_row, request, first, (start + i) % H,
+                        block_stride, G, D, WIDTH, ROWS, ROWS, False, False, True, True, True, 1,
+                    )  # fmt: skip
+
+
+def attention_again(
+    q: torch.Tensor,
+    cache: GpuKVCache,
+    rows: GpuPagedRows,
+    scale: float,
+    spoilt: torch.Tensor,
+    *,
+    chosen: tuple[int, ...],
+    out: torch.Tensor,
+) -> None:
+    """Those tiles of 128 queries of one head that another member could not compute.
+
+    Args:
+        q: bf16 or fp16 [T, H, D], on the device, D contiguous.
+        cache: of the layer.
+        rows: whose queries these are.
+        scale: of the scores, positive.
+        spoilt: int8 [tiles, H, 128], a tile's rows that are not yet what they must be; tiles as `cut` orders
+            them.
+        chosen: the requests whose tiles these are.
+        out: where to write, like q and contiguous.
+
+    Determinism:
+        As `attention_tiled`, bit for bit.
+    """
+    tiles, items = rows.tiles(chosen, 1, _ROWS), spoilt.shape[0] * spoilt.shape[1]
+    each = -(-items // multiprocessors())
+    H, D = q.shape[1:]
+    _again_kernel[(-(-items // each),)](
+        q, cache.k, cache.v, out, rows.query_starts, rows.context_lengths, rows.block_tables, tiles, spoilt,
+        exponent_scale(scale), q.stride(0), q.stride(1), out.stride(0), rows.block_tables.stride(0),
+        len(spoilt), each,
+        block_stride=cache.k.stride(0), H=H, G=H // cache.k.shape[1], D=D, WIDTH=triton.next_power_of_2(D),
+        ROWS=_ROWS, AT_ONCE=16, num_warps=8, **early(),
+    )  # fmt: skip
