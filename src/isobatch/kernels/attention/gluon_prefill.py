@@ -45,7 +45,9 @@ from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
 
 ROWS = 128  # of a tile: queries of one head
 _HALF = gl.constexpr(64)  # of a group of warps
-_STAGES = 2
+_KEYS = 3  # blocks that there is room for: a block's keys are needed a step before its values
+_VALUES = 2
+_TURNS=False
 _SECOND_LEVEL = 32 << 20  # bytes of keys and values that it holds beside all else
 
 
@@ -79,7 +81,7 @@ def _tile(table, count, section, items, turn):
 @gluon.jit
 def _produce_keys(
     q, k, queries, keys, queries_ready, queries_free, ready, free, table, count, section, group, items,
-    head_rows, head_columns, D: gl.constexpr, STAGES: gl.constexpr,
+    head_rows, head_columns, D: gl.constexpr, KEYS: gl.constexpr,
 ):  # fmt: skip
     block = 0
     for turn in range(_rounds(items)):
@@ -92,8 +94,8 @@ def _produce_keys(
             bulk_copy(q, at, queries_ready.index(which), queries.index(which * 2 + half))
         row, column = origin + head // group * head_rows, head // group * head_columns
         for n in range(gl.cdiv(position + rows, SPAN)):
-            s = block % STAGES
-            mbarrier.wait(free.index(s), (block // STAGES + 1) & 1)
+            s = block % KEYS
+            mbarrier.wait(free.index(s), (block // KEYS + 1) & 1)
             mbarrier.expect(ready.index(s), k.block_type.nbytes)
             bulk_copy(k, [row + n * SPAN, column], ready.index(s), keys.index(s))
             block += 1
@@ -102,15 +104,16 @@ def _produce_keys(
 @gluon.jit
 def _produce_values(
     v, values, ready, free, table, count, section, group, items, head_rows, head_columns,
-    STAGES: gl.constexpr,
+    KEYS: gl.constexpr, VALUES: gl.constexpr,
 ):  # fmt: skip
     block = 0
     for turn in range(_rounds(items)):
         _, head, _, rows, position, origin = _tile(table, count, section, items, turn)
         row, column = origin + head // group * head_rows, head // group * head_columns
         for n in range(gl.cdiv(position + rows, SPAN)):
-            s = block % STAGES
-            mbarrier.wait(free.index(s), (block // STAGES + 1) & 1)
+            # The block before the last one's place: a block's keys and values are given back together.
+            mbarrier.wait(free.index((block + 1) % KEYS), ((block + 1) // KEYS + 1) & 1)
+            s = block % VALUES
             mbarrier.expect(ready.index(s), v.block_type.nbytes)
             bulk_copy(v, [row + n * SPAN, column], ready.index(s), values.index(s))
             block += 1
@@ -133,36 +136,39 @@ def _weights(s, m, lanes, c, n, position, MASK: gl.constexpr, scores: gl.constex
 
 @gluon.jit
 def _advance(
-    acc, p, alpha, m, lanes, query, keys, values, keys_ready, keys_free, values_ready, values_free, block, n,
-    c, position, MASK: gl.constexpr, STAGES: gl.constexpr, scores: gl.constexpr, across: gl.constexpr,
-    by_lane: gl.constexpr,
+    acc, p, alpha, m, lanes, query, keys, values, keys_ready, values_ready, free, mine, other, long_past, phase,
+    block, n, c, position, MASK: gl.constexpr, KEYS: gl.constexpr, VALUES: gl.constexpr, WHICH: gl.constexpr, TURNS: gl.constexpr,
+    scores: gl.constexpr, across: gl.constexpr, by_lane: gl.constexpr,
 ):  # fmt: skip
     """The product with values of block n, and beside it the weights of block n + 1."""
-    ks, vs = (block + 1) % STAGES, block % STAGES
-    mbarrier.wait(keys_ready.index(ks), ((block + 1) // STAGES) & 1)
+    ks, vs = (block + 1) % KEYS, block % VALUES
+    mbarrier.wait(keys_ready.index(ks), ((block + 1) // KEYS) & 1)
+    if TURNS:
+        mbarrier.wait(mine, (block + 1 - WHICH) & 1)
     blank = gl.zeros([_HALF, SPAN], gl.float32, layout=scores)
     coming = warpgroup_mma(query, keys.index(ks).permute((1, 0)), blank, use_acc=False, is_async=True)
-    mbarrier.wait(values_ready.index(vs), (block // STAGES) & 1)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, across))[:, None]
+    mbarrier.wait(values_ready.index(vs), (block // VALUES) & 1)
     token = warpgroup_mma(p, values.index(vs), acc, is_async=True)
+    if TURNS:
+        mbarrier.arrive(other)
     s = warpgroup_mma_wait(1, deps=[coming])
     fresh, alpha, m, lanes = _weights(s, m, lanes, c, n + 1, position, MASK, scores, by_lane)
     fresh = gl.convert_layout(fresh.to(p.dtype), gl.DotOperandLayout(0, across, 2))
     # What has long come is waited for once more: the assembler would move the weights behind the next line,
     # where nothing runs beside them, and a branch is what it moves nothing across.
-    mbarrier.wait(keys_ready.index(ks), ((block + 1) // STAGES) & 1)
+    mbarrier.wait(long_past, phase)
     acc, p, fresh, lanes = warpgroup_mma_wait(0, deps=[token, p, fresh, lanes])
     barrier()
-    mbarrier.arrive(keys_free.index(ks))
-    mbarrier.arrive(values_free.index(vs))
+    mbarrier.arrive(free.index(block % KEYS))
     return acc, fresh, alpha, m, lanes
 
 
 @gluon.jit
 def _consume(
-    queries, keys, values, queries_ready, queries_free, keys_ready, keys_free, values_ready, values_free,
-    out, out_row, whole_out, spoilt, table, count, section, heads, items, c,
-    D: gl.constexpr, STAGES: gl.constexpr, WHICH: gl.constexpr,
+    queries, keys, values, queries_ready, queries_free, keys_ready, values_ready, free, mine, other, out, out_row,
+    whole_out, spoilt, table, count, section, heads, items, c,
+    D: gl.constexpr, KEYS: gl.constexpr, VALUES: gl.constexpr, WHICH: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     scores: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, SPAN, 16]
@@ -198,35 +204,39 @@ def _consume(
         acc = gl.zeros([_HALF, D], gl.float32, layout=across)
         query = queries.index(which * 2 + WHICH)
         mbarrier.wait(queries_ready.index(which), (turn // 2) & 1)
-        s = block % STAGES
-        mbarrier.wait(keys_ready.index(s), (block // STAGES) & 1)
+        s = block % KEYS
+        mbarrier.wait(keys_ready.index(s), (block // KEYS) & 1)
         blank = gl.zeros([_HALF, SPAN], gl.float32, layout=scores)
         first = warpgroup_mma(query, keys.index(s).permute((1, 0)), blank, use_acc=False, is_async=True)
         x = warpgroup_mma_wait(0, deps=[first])
-        barrier()
-        mbarrier.arrive(keys_free.index(s))
         p, alpha, m, lanes = _weights(x, m, lanes, c, 0, position, True, scores, by_lane)
         p = gl.convert_layout(p.to(values.dtype), operand)
         for n in range(whole - 1):
             acc, p, alpha, m, lanes = _advance(
-                acc, p, alpha, m, lanes, query, keys, values, keys_ready, keys_free, values_ready,
-                values_free, block, n, c, position, False, STAGES, scores, across, by_lane,
+                acc, p, alpha, m, lanes, query, keys, values, keys_ready, values_ready, free, mine, other,
+                queries_ready.index(which), (turn // 2) & 1, block, n, c, position, False, KEYS, VALUES, WHICH, TURNS,
+                scores, across, by_lane,
             )  # fmt: skip
             block += 1
         for n in range(gl.maximum(whole - 1, 0), blocks - 1):
             acc, p, alpha, m, lanes = _advance(
-                acc, p, alpha, m, lanes, query, keys, values, keys_ready, keys_free, values_ready,
-                values_free, block, n, c, position, True, STAGES, scores, across, by_lane,
+                acc, p, alpha, m, lanes, query, keys, values, keys_ready, values_ready, free, mine, other,
+                queries_ready.index(which), (turn // 2) & 1, block, n, c, position, True, KEYS, VALUES, WHICH, TURNS,
+                scores, across, by_lane,
             )  # fmt: skip
             block += 1
-        s = block % STAGES
-        mbarrier.wait(values_ready.index(s), (block // STAGES) & 1)
+        if TURNS:
+            mbarrier.wait(mine, (block + 1 - WHICH) & 1)
+        s = block % VALUES
+        mbarrier.wait(values_ready.index(s), (block // VALUES) & 1)
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, across))[:, None]
         token = warpgroup_mma(p, values.index(s), acc, is_async=True)
+        if TURNS:
+            mbarrier.arrive(other)
         total = gl.convert_layout(row_total(lanes, _HALF), gl.SliceLayout(1, across))
         acc, p = warpgroup_mma_wait(0, deps=[token, p])
         barrier()
-        mbarrier.arrive(values_free.index(s))
+        mbarrier.arrive(free.index(block % KEYS))
         block += 1
         inside = WHICH * _HALF + i < rows
         bare = gl.min((gl.abs(acc) < float("inf")).to(gl.int32), 1) == 1
@@ -253,26 +263,27 @@ def _consume(
 @gluon.jit
 def _prefill_kernel(
     q, k, v, whole_out, out, spoilt, table, c, count, heads, section, group, items, out_row, head_rows,
-    head_columns, D: gl.constexpr, STAGES: gl.constexpr,
+    head_columns, D: gl.constexpr, KEYS: gl.constexpr, VALUES: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Axis: the place at the table where tiles are dealt."""
     queries = gl.allocate_shared_memory(q.dtype, [4, _HALF, D], q.layout)
-    keys = gl.allocate_shared_memory(q.dtype, [STAGES, SPAN, D], k.layout)
-    values = gl.allocate_shared_memory(q.dtype, [STAGES, SPAN, D], v.layout)
+    keys = gl.allocate_shared_memory(q.dtype, [KEYS, SPAN, D], k.layout)
+    values = gl.allocate_shared_memory(q.dtype, [VALUES, SPAN, D], v.layout)
     queries_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     queries_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    keys_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    keys_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    values_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    values_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    keys_ready = gl.allocate_shared_memory(gl.int64, [KEYS, 1], mbarrier.MBarrierLayout())
+    values_ready = gl.allocate_shared_memory(gl.int64, [VALUES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [KEYS, 1], mbarrier.MBarrierLayout())
+    order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(2):
         mbarrier.init(queries_ready.index(s), count=1)
         mbarrier.init(queries_free.index(s), count=2)
-    for s in gl.static_range(STAGES):
+        mbarrier.init(order.index(s), count=1)
+    for s in gl.static_range(KEYS):
         mbarrier.init(keys_ready.index(s), count=1)
-        mbarrier.init(keys_free.index(s), count=2)
+        mbarrier.init(free.index(s), count=2)
+    for s in gl.static_range(VALUES):
         mbarrier.init(values_ready.index(s), count=1)
-        mbarrier.init(values_free.index(s), count=2)
     fence_async_shared()
     gdc_wait()
     gl.warp_specialize(
@@ -280,31 +291,29 @@ def _prefill_kernel(
             (
                 _consume,
                 (
-                    queries, keys, values, queries_ready, queries_free, keys_ready, keys_free, values_ready,
-                    values_free, out, out_row, whole_out, spoilt, table, count, section, heads, items, c,
-                    D, STAGES, 0,
+                    queries, keys, values, queries_ready, queries_free, keys_ready, values_ready, free,
+                    order.index(0), order.index(1), out, out_row, whole_out, spoilt, table, count, section, heads, items, c, D, KEYS, VALUES, 0, TURNS,
                 ),
             ),
             (
                 _consume,
                 (
-                    queries, keys, values, queries_ready, queries_free, keys_ready, keys_free, values_ready,
-                    values_free, out, out_row, whole_out, spoilt, table, count, section, heads, items, c,
-                    D, STAGES, 1,
+                    queries, keys, values, queries_ready, queries_free, keys_ready, values_ready, free,
+                    order.index(1), order.index(0), out, out_row, whole_out, spoilt, table, count, section, heads, items, c, D, KEYS, VALUES, 1, TURNS,
                 ),
             ),
             (
                 _produce_keys,
                 (
-                    q, k, queries, keys, queries_ready, queries_free, keys_ready, keys_free, table, count,
-                    section, group, items, head_rows, head_columns, D, STAGES,
+                    q, k, queries, keys, queries_ready, queries_free, keys_ready, free, table, count, section,
+                    group, items, head_rows, head_columns, D, KEYS,
                 ),
             ),
             (
                 _produce_values,
                 (
-                    v, values, values_ready, values_free, table, count, section, group, items, head_rows,
-                    head_columns, STAGES,
+                    v, values, values_ready, free, table, count, section, group, items, head_rows,
+                    head_columns, KEYS, VALUES,
                 ),
             ),
         ],
@@ -383,6 +392,6 @@ def attention_fed(
     _prefill_kernel[(min(items, multiprocessors()),)](
         _flat(q, half), _flat(key, ROWS), _flat(value, ROWS), _flat(out, half), out, spoilt, table,
         exponent_scale(scale), count, H, section, group, items, out.stride(0), len(key) if apart else 0,
-        0 if apart else D, D=D, STAGES=_STAGES, num_warps=4, **early(),
+        0 if apart else D, D=D, KEYS=_KEYS, VALUES=_VALUES, TURNS=_TURNS, num_warps=4, **early(),
     )  # fmt: skip
     return spoilt
