@@ -15,7 +15,7 @@ from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
 from isobatch.kernels.attention.launch import exponent_scale
 from isobatch.kernels.attention.triton import attend_tile
 from isobatch.kernels.gpu.device import multiprocessors
-from isobatch.kernels.gpu.overlap import early, inputs_ready
+from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin
 
 _ROWS = 128
 
@@ -29,6 +29,7 @@ def _again_kernel(
 ):  # fmt: skip
     """A program looks through `each` of the tiles of all heads."""
     inputs_ready()
+    next_may_begin()
     begin = tl.program_id(0) * each
     end = tl.minimum(begin + each, count * H)
     for start in range(begin, end, AT_ONCE):
@@ -80,5 +81,5 @@ def attention_again(
         exponent_scale(scale), q.stride(0), q.stride(1), out.stride(0), rows.block_tables.stride(0),
         len(spoilt), each,
         block_stride=cache.k.stride(0), H=H, G=H // cache.k.shape[1], D=D, WIDTH=triton.next_power_of_2(D),
-        ROWS=_ROWS, AT_ONCE=16, num_warps=8, **early(),
+        ROWS=_ROWS, AT_ONCE=16, num_warps=4, **early(),
     )  # fmt: skip
