@@ -24,7 +24,7 @@ from isobatch.kernels.attention.gpu_record import (
     side_by_side,
 )
 from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
-from isobatch.kernels.attention.gpu_serve import Attention
+from isobatch.kernels.attention.gpu_serve import Attention, feeds
 from isobatch.kernels.gpu.device import INTERPRETED, device, dtypes
 from isobatch.kernels.registry import Member
 
@@ -80,7 +80,7 @@ def test_prompts_in_a_librarys_batch_are_those_alone() -> None:
     shapes = ((len(spans), 1024, heads, 128) for heads in (8, 2, 2))
     q, k, v = (torch.randn(s, generator=random_, device=device()).to(dtypes()[0]) for s in shapes)
     case = GpuAttentionCase(tuple((r, p) for r, span in enumerate(spans) for p in range(*span)), q, k, v)
-    library = Member("library", Attention(library=_certified()), GPU_ATTENTION)
+    library = Member("library", Attention(library=_certified(), gluon=False), GPU_ATTENTION)
     together = case.call(library)[0]
     assert bits_equal(together, case.call(ATTENTION_GPU.canonical)[0])
     begins = [sum(end - first for first, end in spans[:r]) for r in range(len(spans) + 1)]
@@ -99,16 +99,39 @@ def _certified() -> bool:
 
 @pytest.mark.skipif(INTERPRETED, reason="no GPU")
 @pytest.mark.parametrize("before", [0, 128])
-def test_a_lone_prompt_is_read_where_the_step_has_it(before: int) -> None:
+@pytest.mark.parametrize("fed", [False, True])
+def test_a_lone_prompt_is_read_where_the_step_has_it(fed: bool, before: int) -> None:
     """With the engine's strides; not so a chunk after a prefix, of which the step has not all keys."""
     q, k, v = numbers("lone", 1, 1024, 8, 2, 128, dtypes()[0])
     case = GpuAttentionCase(tuple((0, p) for p in range(before, 1024)), q, k, v)
-    spoil = not before and _certified()  # whoever looks in the cache, fails
+    spoil = not before and (feeds(128) if fed else _certified())  # whoever looks in the cache, fails
     queries, own = side_by_side(q[0, before:], k[0, before:], v[0, before:])
 
     def call(_q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float) -> torch.Tensor:
         cache = GpuKVCache(torch.full_like(cache.k, float("nan")), cache.v) if spoil else cache
-        return Attention(library=_certified())(queries, cache, rows, scale, own)
+        return Attention(library=_certified(), gluon=fed)(queries, cache, rows, scale, own)
 
     got = case.call(Member("own", call, GPU_ATTENTION))[0]
     assert bits_equal(got, case.call(ATTENTION_GPU.canonical)[0])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="no GPU")
+def test_fed_prompts_are_those_alone() -> None:
+    """Of any lengths, after prefixes or not, and whatever a neighbour, or what lies beyond, holds."""
+    spans = ((0, 700), (100, 690), (0, 65), (0, 128), (0, 1024), (90, 1000), (0, 64), (37, 640))
+    random_ = torch.Generator(device()).manual_seed(7)
+    shapes = ((len(spans), 1024, heads, 128) for heads in (8, 2, 2))
+    q, k, v = (torch.randn(s, generator=random_, device=device()).to(dtypes()[0]) for s in shapes)
+    case = GpuAttentionCase(
+        tuple((r, p) for r, span in enumerate(spans) for p in range(*span)), q, k, v, fill=float("nan")
+    )
+    fed = Member("fed", Attention(chunk="fed"), GPU_ATTENTION)
+    together = case.call(fed)[0]
+    assert bits_equal(together, case.call(ATTENTION_GPU.canonical)[0])
+    begins = [sum(end - first for first, end in spans[:r]) for r in range(len(spans) + 1)]
+    for begin, end in pairwise(begins):
+        rows = range(begin, end)
+        assert bits_equal(case.take(rows).call(fed)[0], together[begin:end])
+        spoilt = case.poison(rows, float("nan")).call(fed)[0]
+        assert bits_equal(spoilt[begin:end], together[begin:end])
+        assert not bits_equal(spoilt, together)

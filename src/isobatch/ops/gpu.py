@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from isobatch.kernels.attention.gpu_record import certify_library
-from isobatch.kernels.attention.gpu_serve import Attention, Tiling
+from isobatch.kernels.attention.gpu_serve import Attention, Tiling, feeds
 from isobatch.kernels.gpu.catalogue import GPU_RECORDS
 from isobatch.kernels.gpu.data import SHORT
 from isobatch.kernels.gpu.device import INTERPRETED, architecture, device
@@ -31,7 +31,7 @@ class GpuOps(CudaOps):
     Args:
         dtype: bfloat16 or float16.
         heads: of the model, with key/value heads and head size: for these the library's attention is
-            certified now, and serves prompts if it is a member.
+            certified now, where no kernel of ours serves prompts faster, and serves if it is a member.
 
     Raises:
         UnsupportedOpError: no GPU that will do, or another dtype.
@@ -39,7 +39,8 @@ class GpuOps(CudaOps):
 
     def __init__(self, dtype: torch.dtype, heads: tuple[int, int, int]) -> None:
         require_dtype(dtype)
-        library = not INTERPRETED and certify_library(*heads, dtype).member
+        wanted = not INTERPRETED and not feeds(heads[2])
+        library = wanted and certify_library(*heads, dtype).member
         super().__init__("isobatch", _table(Attention(library=library)), gpu_layout(dtype), dtype)
         self.tiling = Tiling(*heads)
 

@@ -136,19 +136,19 @@ def _weights(s, m, lanes, c, n, position, MASK: gl.constexpr, scores: gl.constex
 @gluon.jit
 def _advance(
     acc, p, alpha, m, lanes, query, keys, values, keys_ready, values_ready, free, long_past, phase, block, n,
-    c, position, more, MASK: gl.constexpr, KEYS: gl.constexpr, VALUES: gl.constexpr, scores: gl.constexpr,
+    c, position, MASK: gl.constexpr, KEYS: gl.constexpr, VALUES: gl.constexpr, scores: gl.constexpr,
     across: gl.constexpr, by_lane: gl.constexpr,
 ):  # fmt: skip
-    """The product with values of the last block, and beside it the weights of block n of the query's tile."""
+    """The product with values of block n, and beside it the weights of block n + 1."""
     ks, vs = (block + 1) % KEYS, block % VALUES
-    mbarrier.wait(keys_ready.index(ks), ((block + 1) // KEYS) & 1, pred=more)
+    mbarrier.wait(keys_ready.index(ks), ((block + 1) // KEYS) & 1)
     blank = gl.zeros([_HALF, SPAN], gl.float32, layout=scores)
     coming = warpgroup_mma(query, keys.index(ks).permute((1, 0)), blank, use_acc=False, is_async=True)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, across))[:, None]
     mbarrier.wait(values_ready.index(vs), (block // VALUES) & 1)
     token = warpgroup_mma(p, values.index(vs), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=[coming])
-    fresh, alpha, m, lanes = _weights(s, m, lanes, c, n, position, MASK, scores, by_lane)
+    fresh, alpha, m, lanes = _weights(s, m, lanes, c, n + 1, position, MASK, scores, by_lane)
     fresh = gl.convert_layout(fresh.to(p.dtype), gl.DotOperandLayout(0, across, 2))
     # What has long come is waited for once more: the assembler would move the weights behind the next line,
     # where nothing runs beside them, and a branch is what it moves nothing across.
@@ -171,6 +171,7 @@ def _consume(
     across: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16]
     )
+    operand: gl.constexpr = gl.DotOperandLayout(0, across, 2)
     # A thread has a lane of those rows whose weights of that lane it has.
     by_lane: gl.constexpr = gl.DistributedLinearLayout(
         reg_bases=[[8, 0]],
@@ -179,60 +180,60 @@ def _consume(
         block_bases=[],
         shape=[64, 4],
     )
-    r = WHICH * _HALF + gl.arange(0, _HALF, layout=gl.SliceLayout(1, scores))
-    i = WHICH * _HALF + gl.arange(0, _HALF, layout=gl.SliceLayout(1, across))
+    r = gl.arange(0, _HALF, layout=gl.SliceLayout(1, scores))
+    i = gl.arange(0, _HALF, layout=gl.SliceLayout(1, across))
     d = gl.arange(0, D, layout=gl.SliceLayout(0, across))
-    nothing = gl.full([_HALF], float("-inf"), gl.float32, layout=gl.SliceLayout(1, scores))
-    no_lanes = gl.zeros([_HALF, 4], gl.float32, layout=by_lane)
-    block, rounds = 0, _rounds(items)
+    block = 0
     tile, head, row, rows, start, _ = _tile(table, count, section, items, 0)
-    mbarrier.wait(queries_ready.index(0), 0)
-    mbarrier.wait(keys_ready.index(0), 0)
-    blank = gl.zeros([_HALF, SPAN], gl.float32, layout=scores)
-    first = warpgroup_mma(
-        queries.index(WHICH), keys.index(0).permute((1, 0)), blank, use_acc=False, is_async=True
-    )
-    x = warpgroup_mma_wait(0, deps=[first])
-    position = start + gl.minimum(r, rows - 1)
-    p, alpha, m, lanes = _weights(x, nothing, no_lanes, c, 0, position, True, scores, by_lane)
-    p = gl.convert_layout(p.to(values.dtype), gl.DotOperandLayout(0, across, 2))
-    for turn in range(rounds):
-        which, phase = turn % 2, (turn // 2) & 1
-        query, long_past = queries.index(which * 2 + WHICH), queries_ready.index(which)
-        blocks = gl.cdiv(start + rows, SPAN)
-        whole = gl.minimum((start + WHICH * _HALF + 1) // SPAN, blocks)
-        # Asked for long before it is needed.
+    for turn in range(_rounds(items)):
+        which = turn % 2
+        # Asked for a tile before it is needed.
         next_tile, next_head, next_row, next_rows, next_start, _ = _tile(
             table, count, section, items, turn + 1
         )
+        position = start + gl.minimum(WHICH * _HALF + r, rows - 1)
+        blocks = gl.cdiv(start + rows, SPAN)
+        whole = gl.minimum((start + WHICH * _HALF + 1) // SPAN, blocks)
+        m = gl.full([_HALF], float("-inf"), gl.float32, layout=gl.SliceLayout(1, scores))
+        lanes = gl.zeros([_HALF, 4], gl.float32, layout=by_lane)
         acc = gl.zeros([_HALF, D], gl.float32, layout=across)
-        for n in range(1, whole):
+        query = queries.index(which * 2 + WHICH)
+        mbarrier.wait(queries_ready.index(which), (turn // 2) & 1)
+        s = block % KEYS
+        mbarrier.wait(keys_ready.index(s), (block // KEYS) & 1)
+        blank = gl.zeros([_HALF, SPAN], gl.float32, layout=scores)
+        first = warpgroup_mma(query, keys.index(s).permute((1, 0)), blank, use_acc=False, is_async=True)
+        x = warpgroup_mma_wait(0, deps=[first])
+        p, alpha, m, lanes = _weights(x, m, lanes, c, 0, position, True, scores, by_lane)
+        p = gl.convert_layout(p.to(values.dtype), operand)
+        for n in range(whole - 1):
             acc, p, alpha, m, lanes = _advance(
-                acc, p, alpha, m, lanes, query, keys, values, keys_ready, values_ready, free, long_past,
-                phase, block, n, c, position, True, False, KEYS, VALUES, scores, across, by_lane,
+                acc, p, alpha, m, lanes, query, keys, values, keys_ready, values_ready, free,
+                queries_ready.index(which), (turn // 2) & 1, block, n, c, position, False, KEYS, VALUES,
+                scores, across, by_lane,
             )  # fmt: skip
             block += 1
-        for n in range(gl.maximum(whole, 1), blocks):
+        for n in range(gl.maximum(whole - 1, 0), blocks - 1):
             acc, p, alpha, m, lanes = _advance(
-                acc, p, alpha, m, lanes, query, keys, values, keys_ready, values_ready, free, long_past,
-                phase, block, n, c, position, True, True, KEYS, VALUES, scores, across, by_lane,
+                acc, p, alpha, m, lanes, query, keys, values, keys_ready, values_ready, free,
+                queries_ready.index(which), (turn // 2) & 1, block, n, c, position, True, KEYS, VALUES,
+                scores, across, by_lane,
             )  # fmt: skip
             block += 1
-        # The last block, and beside it the next tile's first. After the last tile the places hold what they
-        # may: nobody looks at those weights.
-        more = turn + 1 < rounds
-        mbarrier.wait(queries_ready.index(1 - which), ((turn + 1) // 2) & 1, pred=more)
-        position = next_start + gl.minimum(r, next_rows - 1)
-        acc, p, alpha, m, next_lanes = _advance(
-            acc, p, alpha, nothing, no_lanes, queries.index((1 - which) * 2 + WHICH), keys, values,
-            keys_ready, values_ready, free, long_past, phase, block, 0, c, position, more, True, KEYS, VALUES,
-            scores, across, by_lane,
-        )  # fmt: skip
-        block += 1
+        s = block % VALUES
+        mbarrier.wait(values_ready.index(s), (block // VALUES) & 1)
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, across))[:, None]
+        token = warpgroup_mma(p, values.index(s), acc, is_async=True)
         total = gl.convert_layout(row_total(lanes, _HALF), gl.SliceLayout(1, across))
+        acc, p = warpgroup_mma_wait(0, deps=[token, p])
+        barrier()
+        mbarrier.arrive(free.index(block % KEYS))
+        block += 1
+        inside = WHICH * _HALF + i < rows
         bare = gl.min((gl.abs(acc) < float("inf")).to(gl.int32), 1) == 1
-        marks = spoilt + (tile * heads + head) * (2 * _HALF) + i
-        gl.store(marks, ((i < rows) & (~bare)).to(gl.int8))
+        gl.store(
+            spoilt + (tile * heads + head) * (2 * _HALF) + WHICH * _HALF + i, (inside & (~bare)).to(gl.int8)
+        )
         result = (acc / total[:, None]).to(values.dtype)
         if rows >= WHICH * _HALF + _HALF:
             # Nobody needs the queries any more; their place is the results'.
@@ -242,12 +243,11 @@ def _consume(
             bulk_store(whole_out, [row + WHICH * _HALF, head * D], query)
             tma.store_wait(0)
         else:
-            at = out + (row + i).to(gl.int64)[:, None] * out_row + head * D + d[None, :]
-            gl.store(at, result, mask=(i < rows)[:, None])
+            at = out + (row + WHICH * _HALF + i).to(gl.int64)[:, None] * out_row + head * D + d[None, :]
+            gl.store(at, result, mask=inside[:, None])
         barrier()
         mbarrier.arrive(queries_free.index(which))
         tile, head, row, rows, start = next_tile, next_head, next_row, next_rows, next_start
-        lanes = next_lanes
     gdc_launch_dependents()
 
 

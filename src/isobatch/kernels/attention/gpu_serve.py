@@ -8,6 +8,8 @@ Decode, by programs = requests x key/value heads:
 - otherwise streamed, where kernels in Gluon run, unless both programs and keys are few;
 - or else keys down the tile, up to two programs per multiprocessor, and sixteen rows beyond.
 Chunks, by queries:
+- fed, where kernels in Gluon run and heads have 64 or 128 numbers: 64 queries or more of a fresh prompt,
+  which is read where the step has it, or 256 after a prefix, which is gathered;
 - 512 queries or more after a prefix of no more than a third of them: the library, where it is certified, in
   batches of requests that are nearly as long;
 - 1,024 queries or more: keys copied out of their pages and read by the bulk copy engine;
@@ -40,6 +42,8 @@ from isobatch.kernels.layout import StepKeys, TiledRows
 
 _WIDE = 128  # beyond this head size one block of keys and values fills half a multiprocessor
 _FED_SIZES = (64, 128)  # what a row of shared memory is swizzled for
+_FED_QUERIES = 64
+_FED_AFTER_PREFIX = 256
 _LIBRARY_QUERIES = 512
 _GATHER_QUERIES = 1024
 _PAIRS_PER_KEY = 750  # of queries and keys that are computed in the time that a prompt alone loses, per key
@@ -55,6 +59,11 @@ Chunk = Literal["tiles", "gathered", "library", "fed"]
 def _small(head_size: int) -> Tile:
     """The member for tiles of few rows, and for those that a recording reads."""
     return Tile(64, 8, 1, packed=True) if head_size > _WIDE else Tile(64, 4, 2, packed=True)
+
+
+def feeds(head_size: int) -> bool:
+    """Whether chunks may be fed: the library then has nothing to do."""
+    return gluon_runs() and head_size in _FED_SIZES
 
 
 def batches(contexts: Sequence[int], chosen: Sequence[int]) -> list[tuple[int, ...]]:
@@ -160,9 +169,11 @@ class Attention:
     def chunk_member(self, queries: int, context: int, head_size: int) -> Chunk:
         """The member for a chunk of `queries` tokens that ends at `context`."""
         whole = 4 * queries >= 3 * context  # the library computes the prefix's rows, too
-        fed = self._gluon(head_size) and head_size in _FED_SIZES
+        fed = self.gluon and feeds(head_size)
         if self.chunk is not None and {"library": whole, "fed": fed}.get(self.chunk, True):
             return self.chunk
+        if fed and queries >= (_FED_QUERIES if queries == context else _FED_AFTER_PREFIX):
+            return "fed"
         if self.library and whole and queries >= _LIBRARY_QUERIES:
             return "library"
         return "gathered" if queries >= _GATHER_QUERIES else "tiles"
