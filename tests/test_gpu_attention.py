@@ -107,7 +107,8 @@ def test_a_lone_prompt_is_read_where_the_step_has_it(fed: bool, before: int) -> 
     spoil = not before and (feeds(128) if fed else _certified())  # whoever looks in the cache, fails
     queries, own = side_by_side(q[0, before:], k[0, before:], v[0, before:])
 
-    def call(_q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float) -> torch.Tensor:
+    def call(q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float) -> torch.Tensor:
+        assert len(q) == len(queries)  # the same ones, in one piece
         cache = GpuKVCache(torch.full_like(cache.k, float("nan")), cache.v) if spoil else cache
         return Attention(library=_certified(), gluon=fed)(queries, cache, rows, scale, own)
 
