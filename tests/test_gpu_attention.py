@@ -7,14 +7,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from isobatch.bits import bits_equal
+from isobatch.kernels.attention.gather import gather
 from isobatch.kernels.attention.gpu_record import (
     ATTENTION_GPU,
     GPU_ATTENTION,
@@ -116,23 +119,56 @@ def test_a_lone_prompt_is_read_where_the_step_has_it(fed: bool, before: int) -> 
     assert bits_equal(got, case.call(ATTENTION_GPU.canonical)[0])
 
 
+_SPANS = ((0, 700), (100, 690), (0, 65), (0, 128), (0, 1024), (90, 1000), (0, 64), (37, 640))
+
+
+def _fed(q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float) -> torch.Tensor:
+    """As a step has it: with its own keys and values, and with the engine's strides."""
+    everyone = tuple(range(len(rows.queries)))
+    key, value, origins = gather(cache, rows, everyone)
+    ends = [o + n for o, n in zip(origins.tolist(), rows.contexts, strict=True)]
+    at = torch.cat([torch.arange(e - n, e) for e, n in zip(ends, rows.queries, strict=True)]).to(device())
+    queries, own = side_by_side(q, key[at], value[at])
+    return Attention(chunk="fed")(queries, cache, rows, scale, own)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="no GPU")
-def test_fed_prompts_are_those_alone() -> None:
+@pytest.mark.parametrize("function", [Attention(chunk="fed"), _fed], ids=["gathered", "own"])
+def test_fed_prompts_are_those_alone(function: Callable[..., torch.Tensor]) -> None:
     """Of any lengths, after prefixes or not, and whatever a neighbour, or what lies beyond, holds."""
-    spans = ((0, 700), (100, 690), (0, 65), (0, 128), (0, 1024), (90, 1000), (0, 64), (37, 640))
-    random_ = torch.Generator(device()).manual_seed(7)
-    shapes = ((len(spans), 1024, heads, 128) for heads in (8, 2, 2))
-    q, k, v = (torch.randn(s, generator=random_, device=device()).to(dtypes()[0]) for s in shapes)
-    case = GpuAttentionCase(
-        tuple((r, p) for r, span in enumerate(spans) for p in range(*span)), q, k, v, fill=float("nan")
-    )
-    fed = Member("fed", Attention(chunk="fed"), GPU_ATTENTION)
+    case, fed = _prompts(), Member("fed", function, GPU_ATTENTION)
     together = case.call(fed)[0]
     assert bits_equal(together, case.call(ATTENTION_GPU.canonical)[0])
-    begins = [sum(end - first for first, end in spans[:r]) for r in range(len(spans) + 1)]
-    for begin, end in pairwise(begins):
-        rows = range(begin, end)
-        assert bits_equal(case.take(rows).call(fed)[0], together[begin:end])
+    for rows in _requests():
+        assert bits_equal(case.take(rows).call(fed)[0], together[rows.start : rows.stop])
         spoilt = case.poison(rows, float("nan")).call(fed)[0]
-        assert bits_equal(spoilt[begin:end], together[begin:end])
+        assert bits_equal(spoilt[rows.start : rows.stop], together[rows.start : rows.stop])
         assert not bits_equal(spoilt, together)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="no GPU")
+@pytest.mark.parametrize("function", [Attention(chunk="fed"), _fed], ids=["gathered", "own"])
+def test_control_spoilt_tiles_that_stay_are_caught(function: Callable[..., torch.Tensor]) -> None:
+    if not feeds(128):
+        pytest.skip("for Hopper")
+    case, fed = _prompts(), Member("fed", function, GPU_ATTENTION)
+    together = case.call(fed)[0]
+    with patch("isobatch.kernels.attention.gluon_prefill.attention_again"):
+        assert bits_equal(case.call(fed)[0], together)
+        spoilt = [case.poison(rows, float("nan")).call(fed)[0] for rows in _requests()]
+    kept = [slice(rows.start, rows.stop) for rows in _requests()]
+    assert not all(bits_equal(got[k], together[k]) for got, k in zip(spoilt, kept, strict=True))
+
+
+def _prompts() -> GpuAttentionCase:
+    random_ = torch.Generator(device()).manual_seed(7)
+    shapes = ((len(_SPANS), 1024, heads, 128) for heads in (8, 2, 2))
+    q, k, v = (torch.randn(s, generator=random_, device=device()).to(dtypes()[0]) for s in shapes)
+    queries = tuple((r, p) for r, span in enumerate(_SPANS) for p in range(*span))
+    return GpuAttentionCase(queries, q, k, v, fill=float("nan"))
+
+
+def _requests() -> list[range]:
+    """The rows of each request of `_prompts`."""
+    begins = [0, *accumulate(end - first for first, end in _SPANS)]
+    return [range(*pair) for pair in pairwise(begins)]

@@ -22,9 +22,9 @@ from isobatch.cli.drawn import drawn
 from isobatch.cli.flash3 import flash_attention_3
 from isobatch.cli.goals import Goal, Point, at_least, at_most, geometric_mean
 from isobatch.errors import IntegrityError, UnsupportedOpError
-from isobatch.kernels.attention.gpu_record import certify_library, side_by_side
+from isobatch.kernels.attention.gpu_record import attention_for, side_by_side
 from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
-from isobatch.kernels.attention.gpu_serve import Attention, feeds
+from isobatch.kernels.attention.gpu_serve import Attention
 from isobatch.kernels.gpu.device import dtypes
 from isobatch.kernels.gpu.timing import Work, microseconds
 from isobatch.kernels.layout import PAGE, StepKeys
@@ -162,7 +162,7 @@ def attention_points(limits: dict[str, float], progress: Callable[[str], None]) 
     """
     d = preset(_MODEL)
     heads = d.heads, d.kv_heads, d.head_size
-    attention = Attention(library=not feeds(d.head_size) and certify_library(*heads, dtypes()[0]).member)
+    attention = attention_for(*heads, dtypes()[0])
     for requests, context in _DECODES:
         progress(f"decode, {requests} x {context}")
         yield _point("decode", heads, requests, 1, context, attention, limits)

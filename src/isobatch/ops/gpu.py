@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from isobatch.kernels.attention.gpu_record import certify_library
-from isobatch.kernels.attention.gpu_serve import Attention, Tiling, feeds
+from isobatch.kernels.attention.gpu_record import attention_for
+from isobatch.kernels.attention.gpu_serve import Attention, Tiling
 from isobatch.kernels.gpu.catalogue import GPU_RECORDS
 from isobatch.kernels.gpu.data import SHORT
-from isobatch.kernels.gpu.device import INTERPRETED, architecture, device
+from isobatch.kernels.gpu.device import architecture, device
 from isobatch.kernels.gpu.layout import gpu_layout
 from isobatch.kernels.gpu.random_weights import random_weights
 from isobatch.kernels.linear.gpu import Linear
@@ -39,9 +39,7 @@ class GpuOps(CudaOps):
 
     def __init__(self, dtype: torch.dtype, heads: tuple[int, int, int]) -> None:
         require_dtype(dtype)
-        wanted = not INTERPRETED and not feeds(heads[2])
-        library = wanted and certify_library(*heads, dtype).member
-        super().__init__("isobatch", _table(Attention(library=library)), gpu_layout(dtype), dtype)
+        super().__init__("isobatch", _table(attention_for(*heads, dtype)), gpu_layout(dtype), dtype)
         self.tiling = Tiling(*heads)
 
 

@@ -45,12 +45,16 @@ def places(
     rows: GpuPagedRows, chosen: tuple[int, ...], length: int | None = None
 ) -> tuple[list[int], int, int]:
     """Where `gather` puts requests: (the row of each one's position 0, rows in all, pages of the longest)."""
-    firsts, total, longest = [0] * len(rows.queries), 0, 0
-    for r in chosen:
-        firsts[r] = total
-        pages = -(-(length or rows.contexts[r]) // PAGE)
-        total, longest = total + pages * PAGE, max(longest, pages)
-    return firsts, total, longest
+
+    def lay() -> tuple[list[int], int, int]:
+        firsts, total, longest = [0] * len(rows.queries), 0, 0
+        for r in chosen:
+            firsts[r] = total
+            pages = -(-(length or rows.contexts[r]) // PAGE)
+            total, longest = total + pages * PAGE, max(longest, pages)
+        return firsts, total, longest
+
+    return rows.once(("places", chosen, length), lay)
 
 
 def gather(

@@ -11,7 +11,7 @@ end at about the same time. Keys and values must lie in one piece per request: a
 all of them, or else gathered from their pages.
 
 A value that is NaN or infinite spoils rows that do not see it, since a weight of zero is no help against it.
-Tiles whose result is not finite say so, and `triton.py` computes them again, with care.
+Tiles whose result is not finite say so, and `triton_again.py` computes them again, with care.
 
 Triton's interpreter does not know Gluon: `triton.py` is the text that runs on the CPU.
 
@@ -35,19 +35,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from isobatch.kernels.attention.gluon_steps import SPAN, barrier, bulk_copy, bulk_store, layout
-from isobatch.kernels.attention.gpu_rows import GpuPagedRows, cut
+from isobatch.kernels.attention.gather import gather, places
+from isobatch.kernels.attention.gluon_steps import SPAN, barrier, bulk_copy, bulk_store, rows_of
+from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows, cut
 from isobatch.kernels.attention.launch import exponent_scale
+from isobatch.kernels.attention.triton_again import attention_again
 from isobatch.kernels.attention.triton_steps import lane_sums, row_total
 from isobatch.kernels.gpu.device import multiprocessors
 from isobatch.kernels.gpu.overlap import early
 from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
+from isobatch.kernels.layout import StepKeys
 
-ROWS = 128  # of a tile: queries of one head
+_ROWS = 128  # of a tile: queries of one head
 _HALF = gl.constexpr(64)  # of a group of warps
 _KEYS = 3  # blocks that there is room for: a block's keys are wanted a step before its values
 _VALUES = 2
-_SECOND_LEVEL = 32 << 20  # bytes of keys and values that it holds beside all else
 
 
 @gluon.jit
@@ -59,32 +61,23 @@ def _rounds(items):
 
 
 @gluon.jit
-def _tile(table, count, section, items, turn):
-    """(tile, head, first row, rows, position of the first row, row of the request's first key)."""
+def _tile(table, count, heads, items, turn):
+    """(item, head, first row, rows, position of the first row, row of the request's first key)."""
     step, me = gl.num_programs(0), gl.program_id(0)
     item = gl.minimum(turn * step + gl.where(turn % 2 == 0, me, step - 1 - me), items - 1)
-    before = item // (count * section)
-    tile = (item - before * count * section) // section
-    at = table + tile
+    at = table + item // heads
     row, rows = gl.load(at), gl.load(at + count)
-    return (
-        tile,
-        before * section + item % section,
-        row,
-        rows,
-        gl.load(at + 2 * count),
-        gl.load(at + 3 * count),
-    )
+    return item, item % heads, row, rows, gl.load(at + 2 * count), gl.load(at + 3 * count)
 
 
 @gluon.jit
 def _produce_keys(
-    q, k, queries, keys, queries_ready, queries_free, ready, free, table, count, section, group, items,
+    q, k, queries, keys, queries_ready, queries_free, ready, free, table, count, heads, group, items,
     head_rows, head_columns, D: gl.constexpr, KEYS: gl.constexpr,
 ):  # fmt: skip
     block = 0
     for turn in range(_rounds(items)):
-        _, head, row, rows, position, origin = _tile(table, count, section, items, turn)
+        _, head, row, rows, position, origin = _tile(table, count, heads, items, turn)
         which = turn % 2
         mbarrier.wait(queries_free.index(which), (turn // 2 + 1) & 1)
         mbarrier.expect(queries_ready.index(which), q.block_type.nbytes * 2)
@@ -102,12 +95,12 @@ def _produce_keys(
 
 @gluon.jit
 def _produce_values(
-    v, values, ready, free, table, count, section, group, items, head_rows, head_columns,
+    v, values, ready, free, table, count, heads, group, items, head_rows, head_columns,
     KEYS: gl.constexpr, VALUES: gl.constexpr,
 ):  # fmt: skip
     block = 0
     for turn in range(_rounds(items)):
-        _, head, _, rows, position, origin = _tile(table, count, section, items, turn)
+        _, head, _, rows, position, origin = _tile(table, count, heads, items, turn)
         row, column = origin + head // group * head_rows, head // group * head_columns
         for n in range(gl.cdiv(position + rows, SPAN)):
             # The block before the last one's place: a block's keys and values are given back together.
@@ -135,11 +128,11 @@ def _weights(s, m, lanes, c, n, position, MASK: gl.constexpr, scores: gl.constex
 
 @gluon.jit
 def _advance(
-    acc, p, alpha, m, lanes, query, keys, values, keys_ready, values_ready, free, long_past, phase, block, n,
-    c, position, MASK: gl.constexpr, KEYS: gl.constexpr, VALUES: gl.constexpr, scores: gl.constexpr,
-    across: gl.constexpr, by_lane: gl.constexpr,
+    acc, p, alpha, m, lanes, feed, block, n, MASK: gl.constexpr, KEYS: gl.constexpr, VALUES: gl.constexpr,
+    scores: gl.constexpr, across: gl.constexpr, by_lane: gl.constexpr,
 ):  # fmt: skip
     """The product with values of block n, and beside it the weights of block n + 1."""
+    query, keys, values, keys_ready, values_ready, free, long_past, phase, c, position = feed
     ks, vs = (block + 1) % KEYS, block % VALUES
     mbarrier.wait(keys_ready.index(ks), ((block + 1) // KEYS) & 1)
     blank = gl.zeros([_HALF, SPAN], gl.float32, layout=scores)
@@ -160,11 +153,11 @@ def _advance(
 
 
 @gluon.jit
-def _consume(
-    queries, keys, values, queries_ready, queries_free, keys_ready, values_ready, free, out, out_row,
-    whole_out, spoilt, table, count, section, heads, items, c,
-    D: gl.constexpr, KEYS: gl.constexpr, VALUES: gl.constexpr, WHICH: gl.constexpr,
-):  # fmt: skip
+def _consume(feed, D: gl.constexpr, KEYS: gl.constexpr, VALUES: gl.constexpr, WHICH: gl.constexpr):
+    (
+        queries, keys, values, queries_ready, queries_free, keys_ready, values_ready, free, out, out_row,
+        whole_out, spoilt, table, count, heads, items, c,
+    ) = feed  # fmt: skip
     scores: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, SPAN, 16]
     )
@@ -184,21 +177,20 @@ def _consume(
     i = gl.arange(0, _HALF, layout=gl.SliceLayout(1, across))
     d = gl.arange(0, D, layout=gl.SliceLayout(0, across))
     block = 0
-    tile, head, row, rows, start, _ = _tile(table, count, section, items, 0)
+    item, head, row, rows, start, _ = _tile(table, count, heads, items, 0)
     for turn in range(_rounds(items)):
         which = turn % 2
         # Asked for a tile before it is needed.
-        next_tile, next_head, next_row, next_rows, next_start, _ = _tile(
-            table, count, section, items, turn + 1
-        )
+        next_item, next_head, next_row, next_rows, next_start, _ = _tile(table, count, heads, items, turn + 1)
         position = start + gl.minimum(WHICH * _HALF + r, rows - 1)
         blocks = gl.cdiv(start + rows, SPAN)
         whole = gl.minimum((start + WHICH * _HALF + 1) // SPAN, blocks)
         m = gl.full([_HALF], float("-inf"), gl.float32, layout=gl.SliceLayout(1, scores))
         lanes = gl.zeros([_HALF, 4], gl.float32, layout=by_lane)
         acc = gl.zeros([_HALF, D], gl.float32, layout=across)
-        query = queries.index(which * 2 + WHICH)
-        mbarrier.wait(queries_ready.index(which), (turn // 2) & 1)
+        query, come, phase = queries.index(which * 2 + WHICH), queries_ready.index(which), (turn // 2) & 1
+        steps = (query, keys, values, keys_ready, values_ready, free, come, phase, c, position)
+        mbarrier.wait(come, phase)
         s = block % KEYS
         mbarrier.wait(keys_ready.index(s), (block // KEYS) & 1)
         blank = gl.zeros([_HALF, SPAN], gl.float32, layout=scores)
@@ -208,17 +200,13 @@ def _consume(
         p = gl.convert_layout(p.to(values.dtype), operand)
         for n in range(whole - 1):
             acc, p, alpha, m, lanes = _advance(
-                acc, p, alpha, m, lanes, query, keys, values, keys_ready, values_ready, free,
-                queries_ready.index(which), (turn // 2) & 1, block, n, c, position, False, KEYS, VALUES,
-                scores, across, by_lane,
-            )  # fmt: skip
+                acc, p, alpha, m, lanes, steps, block, n, False, KEYS, VALUES, scores, across, by_lane
+            )
             block += 1
         for n in range(gl.maximum(whole - 1, 0), blocks - 1):
             acc, p, alpha, m, lanes = _advance(
-                acc, p, alpha, m, lanes, query, keys, values, keys_ready, values_ready, free,
-                queries_ready.index(which), (turn // 2) & 1, block, n, c, position, True, KEYS, VALUES,
-                scores, across, by_lane,
-            )  # fmt: skip
+                acc, p, alpha, m, lanes, steps, block, n, True, KEYS, VALUES, scores, across, by_lane
+            )
             block += 1
         s = block % VALUES
         mbarrier.wait(values_ready.index(s), (block // VALUES) & 1)
@@ -231,9 +219,7 @@ def _consume(
         block += 1
         inside = WHICH * _HALF + i < rows
         bare = gl.min((gl.abs(acc) < float("inf")).to(gl.int32), 1) == 1
-        gl.store(
-            spoilt + (tile * heads + head) * (2 * _HALF) + WHICH * _HALF + i, (inside & (~bare)).to(gl.int8)
-        )
+        gl.store(spoilt + item * (2 * _HALF) + WHICH * _HALF + i, (inside & (~bare)).to(gl.int8))
         result = (acc / total[:, None]).to(values.dtype)
         if rows >= WHICH * _HALF + _HALF:
             # Nobody needs the queries any more; their place is the results'.
@@ -247,14 +233,14 @@ def _consume(
             gl.store(at, result, mask=inside[:, None])
         barrier()
         mbarrier.arrive(queries_free.index(which))
-        tile, head, row, rows, start = next_tile, next_head, next_row, next_rows, next_start
+        item, head, row, rows, start = next_item, next_head, next_row, next_rows, next_start
     gdc_launch_dependents()
 
 
 @gluon.jit
 def _prefill_kernel(
-    q, k, v, whole_out, out, spoilt, table, c, count, heads, section, group, items, out_row, head_rows,
-    head_columns, D: gl.constexpr, KEYS: gl.constexpr, VALUES: gl.constexpr,
+    q, k, v, whole_out, out, spoilt, table, c, count, heads, group, items, out_row, head_rows, head_columns,
+    D: gl.constexpr, KEYS: gl.constexpr, VALUES: gl.constexpr,
 ):  # fmt: skip
     """Axis: the place at the table where tiles are dealt."""
     queries = gl.allocate_shared_memory(q.dtype, [4, _HALF, D], q.layout)
@@ -275,35 +261,25 @@ def _prefill_kernel(
         mbarrier.init(values_ready.index(s), count=1)
     fence_async_shared()
     gdc_wait()
+    feed = (
+        queries, keys, values, queries_ready, queries_free, keys_ready, values_ready, free, out, out_row,
+        whole_out, spoilt, table, count, heads, items, c,
+    )  # fmt: skip
     gl.warp_specialize(
         [
-            (
-                _consume,
-                (
-                    queries, keys, values, queries_ready, queries_free, keys_ready, values_ready, free,
-                    out, out_row, whole_out, spoilt, table, count, section, heads, items, c, D, KEYS, VALUES,
-                    0,
-                ),
-            ),
-            (
-                _consume,
-                (
-                    queries, keys, values, queries_ready, queries_free, keys_ready, values_ready, free,
-                    out, out_row, whole_out, spoilt, table, count, section, heads, items, c, D, KEYS, VALUES,
-                    1,
-                ),
-            ),
+            (_consume, (feed, D, KEYS, VALUES, 0)),
+            (_consume, (feed, D, KEYS, VALUES, 1)),
             (
                 _produce_keys,
                 (
-                    q, k, queries, keys, queries_ready, queries_free, keys_ready, free, table, count, section,
+                    q, k, queries, keys, queries_ready, queries_free, keys_ready, free, table, count, heads,
                     group, items, head_rows, head_columns, D, KEYS,
                 ),
             ),
             (
                 _produce_values,
                 (
-                    v, values, values_ready, free, table, count, section, group, items, head_rows,
+                    v, values, values_ready, free, table, count, heads, group, items, head_rows,
                     head_columns, KEYS, VALUES,
                 ),
             ),
@@ -313,76 +289,94 @@ def _prefill_kernel(
     )  # fmt: skip
 
 
-def _section(kv_heads: int, keys: int, head_size: int) -> int:
-    """Key/value heads that programs go through before the next ones, so that the cache holds them."""
-    fit = max(1, _SECOND_LEVEL // (4 * keys * head_size))
-    return max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n <= fit)
-
-
-def _flat(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
+def _boxes(tensor: torch.Tensor, rows: int) -> TensorDescriptor:
     """For the bulk copy engine: so many rows of a head of [N, heads, D], heads side by side or one by one."""
-    N, heads, D = tensor.shape
-    apart = tensor.stride(1) != D
-    shape, strides = ([heads * N, D], [D, 1]) if apart else ([N, heads * D], [tensor.stride(0), 1])
-    return TensorDescriptor(
-        tensor.as_strided(shape, strides), shape, strides, [rows, D], layout(tensor.dtype)
-    )
+    if tensor.stride(1) == tensor.shape[2]:
+        return rows_of(tensor.view(len(tensor), -1), rows, tensor.shape[2])
+    return rows_of(tensor.transpose(0, 1), rows, tensor.shape[2])
 
 
 def attention_fed(
     q: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    firsts: Sequence[int],
+    cache: GpuKVCache,
     rows: GpuPagedRows,
     scale: float,
     *,
     chosen: tuple[int, ...],
+    own: StepKeys | None,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """Prefill over keys and values that lie in one piece per request, heads of 64 or 128 numbers.
+    """Attention of chunks, heads of 64 or 128 numbers.
 
     Args:
         q: bf16 or fp16 [T, H, D], on the device, D contiguous.
-        key: likewise [N, Hkv, D]: heads side by side, or each head's rows one after another.
-        value: likewise, in the same way.
-        firsts: for each request the row of `key` and `value` with its position 0.
+        cache: of the layer, with the step's own keys and values.
         rows: whose queries these are, and whose `contexts` are exact for the chosen requests.
         scale: of the scores, positive.
         chosen: the requests to serve.
+        own: the step's own keys and values, heads side by side: those of fresh prompts are read here.
         out: where to write, like q and contiguous.
 
     Returns:
-        int8 [tiles, H, 128] for `attention_again`: where it is not zero, `out` is not yet what it must be.
-        Rows of requests that were not chosen are left alone.
+        out; rows of requests that were not chosen are left alone.
 
     Determinism:
-        A row depends on its query and on its request's keys and values up to its position.
+        As the members of `triton.py`, bit for bit.
     """
+    later = chosen
+    if own is not None:
+        fresh, later = rows.once(("fresh", chosen), lambda: _fresh_first(rows, chosen))
+        if fresh:
+            _launch(q, *own, rows.begins, cache, rows, scale, fresh, out)
+    if later:
+        key, value, _ = gather(cache, rows, later)
+        _launch(q, key, value, places(rows, later)[0], cache, rows, scale, later, out)
+    return out
+
+
+def _fresh_first(rows: GpuPagedRows, chosen: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(those of which the step has all keys, the others)."""
+    fresh = tuple(r for r in chosen if rows.queries[r] == rows.contexts[r])
+    return fresh, tuple(r for r in chosen if rows.queries[r] != rows.contexts[r])
+
+
+def _launch(
+    q: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    firsts: Sequence[int],
+    cache: GpuKVCache,
+    rows: GpuPagedRows,
+    scale: float,
+    chosen: tuple[int, ...],
+    out: torch.Tensor,
+) -> None:
+    """Keys and values are [N, Hkv, D]; row firsts[r] has request r's position 0."""
     H, D = q.shape[1:]
-    kv_heads, apart = key.shape[1], key.stride(1) != D
+    apart = key.stride(1) != D
     q = q if q.stride(1) == D else q.contiguous()
 
     def tiles() -> torch.Tensor:
-        requests, starts = cut(rows.queries, rows.contexts, chosen, 1, ROWS)
+        requests, starts = cut(rows.queries, rows.contexts, chosen, 1, _ROWS)
         pairs = list(zip(requests, starts, strict=True))
         return rows.upload(
             [
                 [rows.begins[r] + first for r, first in pairs],
-                [min(ROWS, rows.queries[r] - first) for r, first in pairs],
+                [min(_ROWS, rows.queries[r] - first) for r, first in pairs],
                 [rows.contexts[r] - rows.queries[r] + first for r, first in pairs],
                 [firsts[r] for r, _ in pairs],
+                requests,
+                starts,
             ]
         )
 
     table = rows.once(("fed", chosen, apart), tiles)
-    count = table.shape[1]
-    spoilt = torch.empty(count, H, ROWS, dtype=torch.int8, device=q.device)
-    items, half, group = count * H, _HALF.value, H // kv_heads
-    section = _section(kv_heads, sum(rows.contexts[r] for r in chosen), D) * group
-    _prefill_kernel[(min(items, multiprocessors()),)](
-        _flat(q, half), _flat(key, ROWS), _flat(value, ROWS), _flat(out, half), out, spoilt, table,
-        exponent_scale(scale), count, H, section, group, items, out.stride(0), len(key) if apart else 0,
-        0 if apart else D, D=D, KEYS=_KEYS, VALUES=_VALUES, num_warps=4, **early(),
+    count, half = table.shape[1], _HALF.value
+    spoilt = torch.empty(count, H, _ROWS, dtype=torch.int8, device=q.device)
+    _prefill_kernel[(min(count * H, multiprocessors()),)](
+        _boxes(q, half), _boxes(key, _ROWS), _boxes(value, _ROWS), _boxes(out, half), out, spoilt, table,
+        exponent_scale(scale), count, H, H // key.shape[1], count * H, out.stride(0),
+        len(key) if apart else 0, 0 if apart else D,
+        D=D, KEYS=_KEYS, VALUES=_VALUES, num_warps=4, **early(),
     )  # fmt: skip
-    return spoilt
+    attention_again(q, cache, rows, scale, table[4:], spoilt, out=out)

@@ -37,7 +37,9 @@ def layout(dtype: torch.dtype) -> gl.NVMMASharedLayout:
 
 
 def rows_of(tensor: torch.Tensor, rows: int, columns: int = COLUMNS.value) -> TensorDescriptor:
-    """For the bulk copy engine: pieces [rows, columns] of a contiguous tensor [..., D] that begin at any row.
+    """For the bulk copy engine: pieces [rows, columns] of a tensor [..., D] that begin at any row.
+
+    Its rows lie at one distance from each other.
 
     What lies beyond the last column or row is read as zero.
     """

@@ -17,7 +17,7 @@ from isobatch.errors import IsobatchError
 from isobatch.kernels.attention import stock, triton
 from isobatch.kernels.attention.gather import gather
 from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
-from isobatch.kernels.attention.gpu_serve import Attention, Tiling, serve
+from isobatch.kernels.attention.gpu_serve import Attention, Tiling, feeds, serve
 from isobatch.kernels.attention.record import AttentionCase
 from isobatch.kernels.attention.triton import Tile, attention_row, attention_tiled
 from isobatch.kernels.attention.triton_write import write_kv
@@ -234,3 +234,12 @@ def certify_library(H: int, kv_heads: int, head_size: int, dtype: torch.dtype) -
         return replace(verdict, inputs=inputs)
     except (RuntimeError, IsobatchError) as error:
         return Verdict("attention", "library", False, 0, f"{type(error).__name__}: {error}")
+
+
+def attention_for(H: int, kv_heads: int, head_size: int, dtype: torch.dtype) -> Attention:
+    """What serves a model's heads on this machine.
+
+    Args: as of `certify_library`, which is asked only where no kernel of ours serves prompts faster.
+    """
+    wanted = not INTERPRETED and not feeds(head_size)
+    return Attention(library=wanted and certify_library(H, kv_heads, head_size, dtype).member)

@@ -25,16 +25,10 @@ from typing import Literal
 import torch
 
 from isobatch.kernels.attention.cudnn import attention_cudnn, fresh_prompt
-from isobatch.kernels.attention.gather import gather, places
+from isobatch.kernels.attention.gather import gather
 from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows, cut
 from isobatch.kernels.attention.padded import planned
-from isobatch.kernels.attention.triton import (
-    Tile,
-    attention_contiguous,
-    attention_listed,
-    attention_tiled,
-)
-from isobatch.kernels.attention.triton_again import attention_again
+from isobatch.kernels.attention.triton import Tile, attention_contiguous, attention_listed, attention_tiled
 from isobatch.kernels.attention.triton_decode import Down, attention_down
 from isobatch.kernels.attention.triton_phases import Phases, attention_phases
 from isobatch.kernels.gpu.device import gluon_runs, multiprocessors
@@ -139,8 +133,8 @@ class Attention:
             cache: of the layer, with this step's own keys and values already written.
             rows: whose queries these are. Tiles that are cut already are of `Tiling`'s.
             scale: of the scores, positive.
-            own: the step's own keys and values. They spare a prompt that is alone in a step all copies, if
-                the library has plans for its length.
+            own: the step's own keys and values. They spare fresh prompts that are fed all copies, and one
+                that is alone in a step if the library has plans for its length.
 
         Returns:
             Like q, contiguous. A padded request's row, of context length 0, is zero.
@@ -150,11 +144,8 @@ class Attention:
         """
         if isinstance(rows, TiledRows):
             return attention_listed(q, cache, rows, scale, tile=_small(cache.k.shape[3]))
-        lone = (
-            rows.queries == rows.contexts == (len(q),)
-            and self.chunk_member(len(q), len(q), q.shape[2]) == "library"
-        )
-        if lone and own is not None and planned(len(q)) == len(q):
+        lone = rows.queries == rows.contexts == (len(q),) and planned(len(q)) == len(q)
+        if lone and own is not None and self.chunk_member(len(q), len(q), q.shape[2]) == "library":
             return fresh_prompt(q, *own, scale)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if rows.decodes:
@@ -236,35 +227,13 @@ class Attention:
             for batch in rows.once(("batches", chosen), lambda: batches(rows.contexts, chosen)):
                 attention_cudnn(q, cache, rows, scale, chosen=batch, out=out)
         elif member == "fed":
-            self._feed(q, cache, rows, scale, chosen, own, out)
+            from isobatch.kernels.attention.gluon_prefill import attention_fed
+
+            attention_fed(q, cache, rows, scale, chosen=chosen, own=own, out=out)
         else:
             key, value, origins = gather(cache, rows, chosen)
             tile = Tile(128, 8, 1 if wide else 3, packed=True)
             attention_contiguous(q, key, value, origins, rows, scale, tile=tile, chosen=chosen, out=out)
-
-    def _feed(
-        self,
-        q: torch.Tensor,
-        cache: GpuKVCache,
-        rows: GpuPagedRows,
-        scale: float,
-        chosen: tuple[int, ...],
-        own: StepKeys | None,
-        out: torch.Tensor,
-    ) -> None:
-        """Fresh prompts are read where the step has them, others where they have been gathered."""
-        from isobatch.kernels.attention.gluon_prefill import attention_fed
-
-        fresh = tuple(r for r in chosen if own is not None and rows.queries[r] == rows.contexts[r])
-        later = tuple(r for r in chosen if r not in fresh)
-        for requests in filter(None, (fresh, later)):
-            if own is not None and requests is fresh:
-                key, value, firsts = *own, rows.begins
-            else:
-                key, value, _ = gather(cache, rows, requests)
-                firsts = tuple(places(rows, requests)[0])
-            spoilt = attention_fed(q, key, value, firsts, rows, scale, chosen=requests, out=out)
-            attention_again(q, cache, rows, scale, spoilt, chosen=requests, out=out)
 
 
 serve = Attention()

@@ -95,20 +95,19 @@ def _attend_blocks(
 
 @triton.jit
 def attend_tile(
-    q, k, v, out, query_starts, context_lengths, block_tables, c, q_row, q_head, out_row, table_row,
-    request, first, head,
+    q, k, v, out, block_tables, c, q_row, q_head, out_row, table_row, request, first, head, begin, queries,
+    context,
     block_stride: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     HEIGHT: tl.constexpr, PACKED: tl.constexpr, SINGLE: tl.constexpr, MEET: tl.constexpr,
     PAGED: tl.constexpr, CARE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A request's tile of query rows, `first` on, of a head, or of a group's if PACKED.
 
+    The request has `queries` rows from row `begin` on, the last of them at position `context` - 1.
+
     SINGLE: requests have one query, and padded ones no keys. MEET: a tile may hold several queries, of which
     some see keys that others do not. CARE: one of them may be NaN or infinite.
     """
-    begin = tl.load(query_starts + request)
-    queries = tl.load(query_starts + request + 1) - begin
-    context = tl.load(context_lengths + request)
     r = tl.arange(0, ROWS)
     if PACKED:
         group = head
@@ -200,12 +199,14 @@ def _attention_kernel(
         first = item % ((G + HEIGHT - 1) // HEIGHT) * HEIGHT
         if requests is not None:
             request = tl.load(requests + request)
-    # What ends here has no queries: a padded request, or one that is not there.
-    if tl.load(query_starts + request + 1) <= tl.load(query_starts + request):
+    begin = tl.load(query_starts + request)
+    queries = tl.load(query_starts + request + 1) - begin
+    context = tl.load(context_lengths + request)
+    if queries <= 0:
         return
     attend_tile(
-        q, k, v, out, query_starts, context_lengths, block_tables, c, q_row, q_head, out_row, table_row,
-        request, first, head,
+        q, k, v, out, block_tables, c, q_row, q_head, out_row, table_row, request, first, head, begin,
+        queries, context,
         block_stride, G, D, WIDTH, ROWS, HEIGHT, PACKED, SINGLE, MEET, PAGED, False, STAGES,
     )  # fmt: skip
 

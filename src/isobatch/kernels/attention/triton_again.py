@@ -17,8 +17,6 @@ from isobatch.kernels.attention.triton import attend_tile
 from isobatch.kernels.gpu.device import multiprocessors
 from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin
 
-_ROWS = 128
-
 
 @triton.jit
 def _again_kernel(
@@ -39,11 +37,13 @@ def _again_kernel(
         if tl.max(marked, 0) > 0:
             for i in range(AT_ONCE):
                 if tl.sum(tl.where(tl.arange(0, AT_ONCE) == i, marked, 0), 0) > 0:
-                    request = tl.load(tiles + (start + i) // H)
-                    first = tl.load(tiles + count + (start + i) // H)
+                    tile, head = (start + i) // H, (start + i) % H
+                    request, first = tl.load(tiles + tile), tl.load(tiles + count + tile)
+                    row = tl.load(query_starts + request)
+                    queries = tl.load(query_starts + request + 1) - row
                     attend_tile(
-                        q, k, v, out, query_starts, context_lengths, block_tables, c, q_row, q_head, out_row,
-                        table_row, request, first, (start + i) % H,
+                        q, k, v, out, block_tables, c, q_row, q_head, out_row, table_row, request, first,
+                        head, row, queries, tl.load(context_lengths + request),
                         block_stride, G, D, WIDTH, ROWS, ROWS, False, False, True, True, True, 1,
                     )  # fmt: skip
 
@@ -53,33 +53,32 @@ def attention_again(
     cache: GpuKVCache,
     rows: GpuPagedRows,
     scale: float,
+    tiles: torch.Tensor,
     spoilt: torch.Tensor,
     *,
-    chosen: tuple[int, ...],
     out: torch.Tensor,
 ) -> None:
-    """Those tiles of 128 queries of one head that another member could not compute.
+    """Those tiles of queries of one head that another member could not compute.
 
     Args:
         q: bf16 or fp16 [T, H, D], on the device, D contiguous.
         cache: of the layer.
         rows: whose queries these are.
         scale: of the scores, positive.
-        spoilt: int8 [tiles, H, 128], a tile's rows that are not yet what they must be; tiles as `cut` orders
-            them.
-        chosen: the requests whose tiles these are.
+        tiles: int32 [2, tiles], contiguous: of each tile the request, and the tile's first query within it.
+        spoilt: int8 [tiles, H, height], a tile's rows that are not yet what they must be.
         out: where to write, like q and contiguous.
 
     Determinism:
         As `attention_tiled`, bit for bit.
     """
-    tiles, items = rows.tiles(chosen, 1, _ROWS), spoilt.shape[0] * spoilt.shape[1]
+    count, H, height = spoilt.shape
+    items, D = count * H, q.shape[2]
     each = -(-items // multiprocessors())
-    H, D = q.shape[1:]
     _again_kernel[(-(-items // each),)](
         q, cache.k, cache.v, out, rows.query_starts, rows.context_lengths, rows.block_tables, tiles, spoilt,
         exponent_scale(scale), q.stride(0), q.stride(1), out.stride(0), rows.block_tables.stride(0),
-        len(spoilt), each,
+        count, each,
         block_stride=cache.k.stride(0), H=H, G=H // cache.k.shape[1], D=D, WIDTH=triton.next_power_of_2(D),
-        ROWS=_ROWS, AT_ONCE=16, num_warps=4, **early(),
+        ROWS=height, AT_ONCE=16, num_warps=4, **early(),
     )  # fmt: skip
