@@ -2,8 +2,9 @@
 
 The chain's length is what a long context at small batch costs: one step per block of 128 keys, none of which
 may begin before the one before has ended. Four producer warps look pages up and have the bulk copy engine
-fetch values and weights, several blocks ahead; four consumer warps are left with a barrier that has long been
-passed, the rescaling and the tensor core's own steps.
+fetch values and weights, several blocks ahead; four consumer warps are left with the rescaling and the tensor
+core's own steps. A warp that has begun a chain of products does nothing else until all but the last are done,
+so barriers are not passed meanwhile, but on top: blocks are handed over four at a time.
 
 The order is that of `_chain_kernel`, instruction by instruction. Triton's interpreter does not know Gluon, so
 `_chain_kernel` is the text that runs on the CPU, and serves wherever this kernel can't.
@@ -38,130 +39,149 @@ from isobatch.kernels.attention.triton_steps import row_total
 from isobatch.kernels.gpu.overlap import early
 from isobatch.kernels.gpu.ptx import fma
 
-_STAGES = 8
+RUN = gl.constexpr(4)  # blocks that are handed over together
+
+
+@gluon.jit
+def _look_up(sources, place, g, PADDED: gl.constexpr, HEADS: gl.constexpr, PAIR: gl.constexpr):
+    """What a producer must know of a run of blocks: its pages, and the last one what rescales them."""
+    _, _, alphas, sums = sources
+    table, _, _, _, _, blocks, last_page = place
+    n = g * RUN
+    pages = (
+        pair_of_pages(table, n, last_page, PAIR),
+        pair_of_pages(table, n + 1, last_page, PAIR),
+        pair_of_pages(table, n + 2, last_page, PAIR),
+        pair_of_pages(table, n + 3, last_page, PAIR),
+    )
+    rows: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [1, 1], [1, 0])
+    i = gl.arange(0, RUN * HEADS, layout=gl.SliceLayout(1, rows))
+    at = gl.minimum(n + i // HEADS, blocks - 1) * PADDED + i % PADDED
+    lane = gl.arange(0, 4, layout=gl.SliceLayout(0, rows))
+    # The other three make no use of it, and so the compiler leaves it out.
+    scales = (gl.load(alphas + at), gl.load(sums + at[:, None] * 4 + lane[None, :]))
+    return pages, scales
 
 
 @gluon.jit
 def _refill(
-    v, weights, values_ring, weights_ring, ready, free, kv_heads, group, column, first_row, n, pages,
-    G: gl.constexpr, STAGES: gl.constexpr, PAIR: gl.constexpr,
-):  # fmt: skip
-    s = n % STAGES
-    mbarrier.wait(free.index(s), (n // STAGES + 1) & 1)
+    sources, rings, ready, free, place, g, known, G: gl.constexpr, RUNS: gl.constexpr, PAIR: gl.constexpr
+):
+    """Has a run of blocks copied; after the last block there may be copies of anything."""
+    v, weights, _, _ = sources
+    values_ring, weights_ring, alphas_ring, sums_ring = rings
+    _, kv_heads, group, column, first_row, _, _ = place
+    pages, scales = known
+    s = g % RUNS
+    mbarrier.wait(free.index(s), (g // RUNS + 1) & 1)
+    if PAIR == 3:
+        alphas_ring.index(s).store(scales[0])
+        sums_ring.index(s).store(scales[1])
+        barrier()
     size: gl.constexpr = v.block_type.nbytes * 2 + (weights.block_type.nbytes if PAIR == 0 else 0)
-    mbarrier.expect(ready.index(s), size)
-    if PAIR == 0:
-        at = [first_row + n * G, 0]
-        bulk_copy(weights, at, ready.index(s), weights_ring.index(s))
-    fetch_pair(v, values_ring.index(s), ready.index(s), pages, kv_heads, group, column, PAIR)
+    mbarrier.expect(ready.index(s), size * RUN)
+    for i in gl.static_range(RUN):
+        to = s * RUN + i
+        if PAIR == 0:
+            at = [first_row + (g * RUN + i) * G, 0]
+            bulk_copy(weights, at, ready.index(s), weights_ring.index(to))
+        fetch_pair(v, values_ring.index(to), ready.index(s), pages[i], kv_heads, group, column, PAIR)
 
 
 @gluon.jit
-def _produce(feed, G: gl.constexpr, STAGES: gl.constexpr, PAIR: gl.constexpr):
-    """Fetches two of each block's pages, and the first of four warps its weights.
+def _produce(
+    sources, rings, ready, free, place,
+    G: gl.constexpr, PADDED: gl.constexpr, HEADS: gl.constexpr, RUNS: gl.constexpr, PAIR: gl.constexpr,
+):  # fmt: skip
+    """Fetches two of each block's pages; the first of four warps its weights, the last what rescales it.
 
     Fewer warps can't issue all copies in the time that the consumers take.
     """
-    (
-        v, weights, values_ring, weights_ring, ready, free, table, kv_heads, group, column, first_row, blocks,
-        last_page,
-    ) = feed  # fmt: skip
+    _, _, _, _, _, blocks, _ = place
+    runs = gl.cdiv(blocks, RUN)
     # Two names in turn: a register that is copied is waited for, and the look-up would be ahead of nothing.
-    even = pair_of_pages(table, 0, last_page, PAIR)
-    for n in range(0, blocks, 2):
-        odd = pair_of_pages(table, n + 1, last_page, PAIR)
-        _refill(
-            v, weights, values_ring, weights_ring, ready, free, kv_heads, group, column, first_row, n, even,
-            G, STAGES, PAIR,
-        )  # fmt: skip
-        even = pair_of_pages(table, n + 2, last_page, PAIR)
-        if n + 1 < blocks:
-            _refill(
-                v, weights, values_ring, weights_ring, ready, free, kv_heads, group, column, first_row, n + 1,
-                odd, G, STAGES, PAIR,
-            )  # fmt: skip
+    even = _look_up(sources, place, 0, PADDED, HEADS, PAIR)
+    for g in range(0, runs, 2):
+        odd = _look_up(sources, place, g + 1, PADDED, HEADS, PAIR)
+        _refill(sources, rings, ready, free, place, g, even, G, RUNS, PAIR)
+        even = _look_up(sources, place, g + 2, PADDED, HEADS, PAIR)
+        if g + 1 < runs:
+            _refill(sources, rings, ready, free, place, g + 1, odd, G, RUNS, PAIR)
 
 
 @gluon.jit
-def _scales(alphas, sums, n, h, g, lane, PADDED: gl.constexpr):
-    """Block n's alphas, for acc and for the lanes, and its lane sums."""
-    at = n * PADDED
-    return (
-        gl.load(alphas + at + h % PADDED),
-        gl.load(alphas + at + g % PADDED),
-        gl.load(sums + (at + g % PADDED)[:, None] * 4 + lane[None, :]),
-    )
+def _scales(rings, s, i: gl.constexpr, HEADS: gl.constexpr, of_acc: gl.constexpr, by_lane: gl.constexpr):
+    """What rescales block i of a run: its alphas, for acc and for the lanes, and its lane sums."""
+    _, _, alphas_ring, sums_ring = rings
+    alphas = alphas_ring.index(s).slice(i * HEADS, HEADS)
+    sums = sums_ring.index(s).slice(i * HEADS, HEADS)
+    return alphas.load(of_acc), alphas.load(gl.SliceLayout(1, by_lane)), sums.load(by_lane)
 
 
 @gluon.jit
-def _step(acc, lanes, scales, values_ring, weights_ring, ready, free, n, STAGES: gl.constexpr):
-    """One block of the chain; its slots have been cleared where it is not whole."""
-    s = n % STAGES
-    acc = acc * scales[0][None, :]
-    lanes = fma(lanes, scales[1][:, None], scales[2])
-    mbarrier.wait(ready.index(s), (n // STAGES) & 1)
+def _step(acc, lanes, scales, values, weights):
+    """One block of the chain."""
     token = warpgroup_mma(
-        values_ring.index(s).permute((1, 0)), weights_ring.index(s).permute((1, 0)), acc, is_async=True
+        values.permute((1, 0)), weights.permute((1, 0)), acc * scales[0][None, :], is_async=True
     )
-    acc = warpgroup_mma_wait(0, deps=[token])
-    barrier()
-    mbarrier.arrive(free.index(s))
-    return acc, lanes
+    lanes = fma(lanes, gl.expand_dims(scales[1], 1), scales[2])
+    return warpgroup_mma_wait(0, deps=[token]), lanes
 
 
 @gluon.jit
 def _consume(
-    values_ring, weights_ring, ready, free, alphas, sums, out, blocks, context,
-    G: gl.constexpr, D: gl.constexpr, PADDED: gl.constexpr, HEADS: gl.constexpr,
-    STAGES: gl.constexpr,
+    rings, ready, free, out, blocks, context,
+    G: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr, RUNS: gl.constexpr,
 ):  # fmt: skip
-    """alphas [B, PADDED], sums [B, PADDED, 4] and out [G, D] of this request, group and slice."""
+    """Out [G, D] of this request, group and slice."""
     across: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEADS, 16]
     )
     by_lane: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0])
-    h = gl.arange(0, HEADS, layout=gl.SliceLayout(0, across))
-    g = gl.arange(0, HEADS, layout=gl.SliceLayout(1, by_lane))
-    lane = gl.arange(0, 4, layout=gl.SliceLayout(0, by_lane))
+    of_acc: gl.constexpr = gl.SliceLayout(0, across)
+    values_ring, weights_ring, _, _ = rings
     acc = gl.zeros([COLUMNS, HEADS], gl.float32, layout=across)
     lanes = gl.zeros([HEADS, 4], gl.float32, layout=by_lane)
-    whole, last = context // SPAN, gl.maximum(blocks - 1, 0)
-    # What rescales a block is asked for four steps before, into the registers that were last read.
-    s0 = _scales(alphas, sums, 0, h, g, lane, PADDED)
-    s1 = _scales(alphas, sums, gl.minimum(1, last), h, g, lane, PADDED)
-    s2 = _scales(alphas, sums, gl.minimum(2, last), h, g, lane, PADDED)
-    s3 = _scales(alphas, sums, gl.minimum(3, last), h, g, lane, PADDED)
-    for n in range(0, whole - 3, 4):
-        acc, lanes = _step(acc, lanes, s0, values_ring, weights_ring, ready, free, n, STAGES)
-        s0 = _scales(alphas, sums, gl.minimum(n + 4, last), h, g, lane, PADDED)
-        acc, lanes = _step(acc, lanes, s1, values_ring, weights_ring, ready, free, n + 1, STAGES)
-        s1 = _scales(alphas, sums, gl.minimum(n + 5, last), h, g, lane, PADDED)
-        acc, lanes = _step(acc, lanes, s2, values_ring, weights_ring, ready, free, n + 2, STAGES)
-        s2 = _scales(alphas, sums, gl.minimum(n + 6, last), h, g, lane, PADDED)
-        acc, lanes = _step(acc, lanes, s3, values_ring, weights_ring, ready, free, n + 3, STAGES)
-        s3 = _scales(alphas, sums, gl.minimum(n + 7, last), h, g, lane, PADDED)
-    for n in range(whole // 4 * 4, blocks):
-        if n == whole:
-            s = n % STAGES
-            mbarrier.wait(ready.index(s), (n // STAGES) & 1)
-            clear_slots(values_ring.index(s), context - whole * SPAN)
-        acc, lanes = _step(acc, lanes, s0, values_ring, weights_ring, ready, free, n, STAGES)
-        s0, s1, s2 = s1, s2, s3
-    total = gl.convert_layout(row_total(lanes, HEADS), gl.SliceLayout(0, across))
+    whole = context // SPAN
+    for g in range(gl.cdiv(blocks, RUN)):
+        s = g % RUNS
+        mbarrier.wait(ready.index(s), (g // RUNS) & 1)
+        if (g + 1) * RUN <= whole:
+            # All at once and before the products, between which there is then nothing but the chain.
+            scales = (
+                _scales(rings, s, 0, HEADS, of_acc, by_lane),
+                _scales(rings, s, 1, HEADS, of_acc, by_lane),
+                _scales(rings, s, 2, HEADS, of_acc, by_lane),
+                _scales(rings, s, 3, HEADS, of_acc, by_lane),
+            )
+            for i in gl.static_range(RUN):
+                at = s * RUN + i
+                acc, lanes = _step(acc, lanes, scales[i], values_ring.index(at), weights_ring.index(at))
+        else:
+            for i in gl.static_range(RUN):
+                n, at = g * RUN + i, s * RUN + i
+                if n == whole:
+                    clear_slots(values_ring.index(at), context - whole * SPAN)
+                if n < blocks:
+                    last = _scales(rings, s, i, HEADS, of_acc, by_lane)
+                    acc, lanes = _step(acc, lanes, last, values_ring.index(at), weights_ring.index(at))
+        barrier()
+        mbarrier.arrive(free.index(s))
+    total = gl.convert_layout(row_total(lanes, HEADS), of_acc)
+    column = gl.arange(0, HEADS, layout=of_acc)
     d = gl.program_id(0) * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, across))
     result = gl.where(blocks > 0, acc / total[None, :], 0.0)
-    inside = (h < G)[None, :] & (d < D)[:, None]
-    gl.store(out + h[None, :] * D + d[:, None], result.to(out.dtype.element_ty), mask=inside)
+    inside = (column < G)[None, :] & (d < D)[:, None]
+    gl.store(out + column[None, :] * D + d[:, None], result.to(out.dtype.element_ty), mask=inside)
 
 
 @gluon.jit
 def _chain_kernel(
     v, weights, alphas, sums, out, query_starts, context_lengths, block_tables, requests,
     out_row, table_row, most_blocks, kv_heads,
-    G: gl.constexpr, D: gl.constexpr, PADDED: gl.constexpr, HEADS: gl.constexpr,
-    STAGES: gl.constexpr,
+    G: gl.constexpr, D: gl.constexpr, PADDED: gl.constexpr, HEADS: gl.constexpr, RUNS: gl.constexpr,
 ):  # fmt: skip
-    """Axes: slice of columns, key/value head, request."""
+    """Axes: slice of columns, key/value head, request. alphas [.., B, PADDED], sums [.., B, PADDED, 4]."""
     gdc_wait()
     gdc_launch_dependents()
     group, item = gl.program_id(1), gl.program_id(2)
@@ -176,36 +196,36 @@ def _chain_kernel(
     base = (item * kv_heads + group) * most_blocks
     table = block_tables + request.to(gl.int64) * table_row
     column, last_page = gl.program_id(0) * COLUMNS, gl.maximum(context - 1, 0) // PAGE
-    values_ring = gl.allocate_shared_memory(v.dtype, [STAGES, SPAN, COLUMNS], v.layout)
-    weights_ring = gl.allocate_shared_memory(v.dtype, [STAGES, HEADS, SPAN], weights.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for s in gl.static_range(STAGES):
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    square: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
+    rings = (
+        gl.allocate_shared_memory(v.dtype, [RUNS * RUN, SPAN, COLUMNS], v.layout),
+        gl.allocate_shared_memory(v.dtype, [RUNS * RUN, HEADS, SPAN], weights.layout),
+        gl.allocate_shared_memory(gl.float32, [RUNS, RUN * HEADS], flat),
+        gl.allocate_shared_memory(gl.float32, [RUNS, RUN * HEADS, 4], square),
+    )
+    ready = gl.allocate_shared_memory(gl.int64, [RUNS, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [RUNS, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(RUNS):
         mbarrier.init(ready.index(s), count=4)
         mbarrier.init(free.index(s), count=1)
     fence_async_shared()
-    feed = (
-        v, weights, values_ring, weights_ring, ready, free, table, kv_heads, group, column, base * G, blocks,
-        last_page,
+    sources = (
+        v, weights, alphas + base.to(gl.int64) * PADDED, sums + base.to(gl.int64) * (PADDED * 4)
     )  # fmt: skip
+    place = (table, kv_heads, group, column, base * G, blocks, last_page)
+    to = out + row * out_row + group * (G * D)
     gl.warp_specialize(
         [
-            (
-                _consume,
-                (
-                    values_ring, weights_ring, ready, free, alphas + base.to(gl.int64) * PADDED,
-                    sums + base.to(gl.int64) * (PADDED * 4), out + row * out_row + group * (G * D), blocks,
-                    context, G, D, PADDED, HEADS, STAGES,
-                ),
-            ),
-            (_produce, (feed, G, STAGES, 0)),
-            (_produce, (feed, G, STAGES, 1)),
-            (_produce, (feed, G, STAGES, 2)),
-            (_produce, (feed, G, STAGES, 3)),
+            (_consume, (rings, ready, free, to, blocks, context, G, D, HEADS, RUNS)),
+            (_produce, (sources, rings, ready, free, place, G, PADDED, HEADS, RUNS, 0)),
+            (_produce, (sources, rings, ready, free, place, G, PADDED, HEADS, RUNS, 1)),
+            (_produce, (sources, rings, ready, free, place, G, PADDED, HEADS, RUNS, 2)),
+            (_produce, (sources, rings, ready, free, place, G, PADDED, HEADS, RUNS, 3)),
         ],
         [1, 1, 1, 1],
-        [32, 32, 32, 32],
-    )  # fmt: skip
+        [48, 48, 48, 48],
+    )
 
 
 def chain(
@@ -250,5 +270,5 @@ def chain(
         rows_of(v, page), rows_of(weights, heads, 128),
         alphas, sums, out, query_starts, context_lengths, block_tables, requests,
         out.stride(0), block_tables.stride(0), blocks, kv_heads,
-        G=group, D=D, PADDED=padded, HEADS=heads, STAGES=_STAGES, num_warps=4, **early(),
+        G=group, D=D, PADDED=padded, HEADS=heads, RUNS=3 if heads == 8 else 2, num_warps=4, **early(),
     )  # fmt: skip

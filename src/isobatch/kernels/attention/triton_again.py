@@ -17,19 +17,21 @@ from isobatch.kernels.attention.triton import attend_tile
 from isobatch.kernels.gpu.device import multiprocessors
 from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin
 
+_ROWS = 64  # of a piece of a tile: more, with care, would take more registers than there are
+
 
 @triton.jit
 def _again_kernel(
     q, k, v, out, query_starts, context_lengths, block_tables, tiles, spoilt, c,
     q_row, q_head, out_row, table_row, count, each,
     block_stride: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+    PIECES: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """A program looks through `each` of the tiles of all heads."""
+    """A program looks through `each` of the pieces of all heads' tiles."""
     inputs_ready()
     next_may_begin()
     begin = tl.program_id(0) * each
-    end = tl.minimum(begin + each, count * H)
+    end = tl.minimum(begin + each, count * H * PIECES)
     for start in range(begin, end, AT_ONCE):
         item = start + tl.arange(0, AT_ONCE)
         marks = spoilt + item.to(tl.int64)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
@@ -37,8 +39,9 @@ def _again_kernel(
         if tl.max(marked, 0) > 0:
             for i in range(AT_ONCE):
                 if tl.sum(tl.where(tl.arange(0, AT_ONCE) == i, marked, 0), 0) > 0:
-                    tile, head = (start + i) // H, (start + i) % H
-                    request, first = tl.load(tiles + tile), tl.load(tiles + count + tile)
+                    piece, head = (start + i) % PIECES, (start + i) // PIECES % H
+                    tile = (start + i) // (PIECES * H)
+                    request, first = tl.load(tiles + tile), tl.load(tiles + count + tile) + piece * ROWS
                     row = tl.load(query_starts + request)
                     queries = tl.load(query_starts + request + 1) - row
                     attend_tile(
@@ -66,19 +69,20 @@ def attention_again(
         rows: whose queries these are.
         scale: of the scores, positive.
         tiles: int32 [2, tiles], contiguous: of each tile the request, and the tile's first query within it.
-        spoilt: int8 [tiles, H, height], a tile's rows that are not yet what they must be.
+        spoilt: int8 [tiles, H, a multiple of 64], a tile's rows that are not yet what they must be.
         out: where to write, like q and contiguous.
 
     Determinism:
         As `attention_tiled`, bit for bit.
     """
     count, H, height = spoilt.shape
-    items, D = count * H, q.shape[2]
+    pieces, D = height // _ROWS, q.shape[2]
+    items = count * H * pieces
     each = -(-items // multiprocessors())
     _again_kernel[(-(-items // each),)](
         q, cache.k, cache.v, out, rows.query_starts, rows.context_lengths, rows.block_tables, tiles, spoilt,
         exponent_scale(scale), q.stride(0), q.stride(1), out.stride(0), rows.block_tables.stride(0),
         count, each,
         block_stride=cache.k.stride(0), H=H, G=H // cache.k.shape[1], D=D, WIDTH=triton.next_power_of_2(D),
-        ROWS=height, AT_ONCE=16, num_warps=4, **early(),
+        PIECES=pieces, ROWS=_ROWS, AT_ONCE=32, num_warps=4, **early(),
     )  # fmt: skip
