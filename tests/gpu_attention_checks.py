@@ -31,9 +31,10 @@ from isobatch.kernels.attention.triton_decode import Down, attention_down
 from isobatch.kernels.attention.triton_phases import Phases, attention_phases
 from isobatch.kernels.attention.triton_write import write_kv
 from isobatch.kernels.bitclass import certify
-from isobatch.kernels.gpu.device import device, dtypes, gluon_runs
+from isobatch.kernels.gpu.device import INTERPRETED, device, dtypes, gluon_runs
 from isobatch.kernels.layout import PAGE, PagedRows
 from isobatch.kernels.registry import Member
+from tests import interpreter
 
 ROWS = (9,)
 MEMBERS = ATTENTION_GPU.members
@@ -331,6 +332,8 @@ def write_kv_takes_any_strides() -> None:
 
 
 if __name__ == "__main__":
+    if INTERPRETED:
+        interpreter.install()
     warnings.simplefilter("ignore", RuntimeWarning)  # NumPy, where an inert row divides zero by zero
     for wanted in sys.argv[1:]:
         globals()[wanted]()

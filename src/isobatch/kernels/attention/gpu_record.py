@@ -24,7 +24,7 @@ from isobatch.kernels.attention.triton_write import write_kv
 from isobatch.kernels.bitclass import Verdict, certify
 from isobatch.kernels.data import floats, integers
 from isobatch.kernels.gpu.data import case_variants, split_variant
-from isobatch.kernels.gpu.device import INTERPRETED, device
+from isobatch.kernels.gpu.device import INTERPRETED, device, gluon_runs
 from isobatch.kernels.layout import PAGE, Layout, PagedRows, StepKeys, TiledRows
 from isobatch.kernels.registry import Member, OpRecord, Outputs, Reordering
 from isobatch.kernels.stock import STOCK, DenseCache, DenseStack, DenseWeight
@@ -142,6 +142,13 @@ def _listed(q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float
     return serve(q, cache, TiledRows(starts, lengths, rows.block_tables, rows.slots, tiles), scale)
 
 
+# Elsewhere others serve in their place, and would be tried twice.
+_IN_GLUON = (
+    Member("streamed", Attention(decode="streamed"), GPU_ATTENTION),
+    Member("streamed deep, fed", Attention(decode="streamed", deep=0, chunk="fed"), GPU_ATTENTION),
+    Member("phases without Gluon", Attention(decode="phases", gluon=False), GPU_ATTENTION),
+)
+
 ATTENTION_GPU = OpRecord(
     name="attention",
     order=triton.__doc__ or "",
@@ -152,10 +159,8 @@ ATTENTION_GPU = OpRecord(
         Member("unpacked", _tiled(Tile(16, 4, 1, packed=False)), GPU_ATTENTION),
         Member("tiles", Attention(decode="tiles", chunk="tiles"), GPU_ATTENTION),
         Member("down, gathered", Attention(decode="down", chunk="gathered"), GPU_ATTENTION),
-        Member("streamed", Attention(decode="streamed"), GPU_ATTENTION),
-        Member("streamed deep, fed", Attention(decode="streamed", deep=0, chunk="fed"), GPU_ATTENTION),
         Member("phases", Attention(decode="phases"), GPU_ATTENTION),
-        Member("phases without Gluon", Attention(decode="phases", gluon=False), GPU_ATTENTION),
+        *(_IN_GLUON if gluon_runs() else ()),
         Member("listed", _listed, GPU_ATTENTION),
         Member("serve", serve, GPU_ATTENTION),
     ),
