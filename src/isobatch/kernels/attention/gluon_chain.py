@@ -3,8 +3,8 @@
 The chain's length is what a long context at small batch costs: one step per block of 128 keys, none of which
 may begin before the one before has ended. Four producer warps look pages up and have the bulk copy engine
 fetch values and weights, several blocks ahead; four consumer warps are left with the rescaling and the tensor
-core's own steps. A warp that has begun a chain of products does nothing else until all but the last are done,
-so barriers are not passed meanwhile, but on top: blocks are handed over four at a time.
+core's own steps. What they pass barriers in is not hidden behind the products but comes on top of them, so
+blocks are handed over four at a time.
 
 The order is that of `_chain_kernel`, instruction by instruction. Triton's interpreter does not know Gluon, so
 `_chain_kernel` is the text that runs on the CPU, and serves wherever this kernel can't.
