@@ -221,8 +221,6 @@ def a_batch_holds_whole_prompts_and_zeros() -> None:
 
 def rings_run_on_from_item_to_item() -> None:
     """Few programs for many items, some without keys or queries: nothing of one must reach the next."""
-    if not gluon_runs():
-        return
     from isobatch.kernels.attention import gluon_decode
     from isobatch.kernels.attention.gluon_decode import Streamed, attention_streamed
 
@@ -258,6 +256,18 @@ def rings_run_on_from_item_to_item() -> None:
                 with patch.object(gluon_decode, "multiprocessors", lambda programs=programs: programs):
                     got = case.call(member)[0]
                 assert bits_equal(got, expected), (D, G, programs, streamed)
+
+
+def runs_of_blocks_are_handed_over() -> None:
+    """The chain of the phases: contexts that end in and at each block of a run, and beyond what rings hold."""
+    ends = (1, 128, 129, 300, 384, 500, 512, 513, 1024, 1500, 1536, 1537, 2049)
+    for D, G in ((64, 1), (96, 5), (128, 4), (128, 16)):
+        q, k, v = numbers(f"runs/{D}/{G}", 1, max(ends), G, 1, D, dtypes()[0])
+        case = GpuAttentionCase(tuple((0, end - 1) for end in ends), q, k, v, fill=float("nan"))
+        member = Member("phases", partial(attention_phases, phases=Phases()), GPU_ATTENTION)
+        for row in range(len(ends)):
+            alone = case.take([row])
+            assert bits_equal(alone.call(member)[0], alone.call(MEMBERS[0])[0]), (D, G, ends[row])
 
 
 def lengths_that_are_planned_are_few() -> None:
