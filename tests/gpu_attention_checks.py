@@ -259,7 +259,7 @@ def rings_run_on_from_item_to_item() -> None:
 
 
 def runs_of_blocks_are_handed_over() -> None:
-    """The chain of the phases: contexts that end in and at each block of a run, and beyond what rings hold."""
+    """The chain of the phases: contexts that end in and at each block of a run, and beyond the rings."""
     ends = (1, 128, 129, 300, 384, 500, 512, 513, 1024, 1500, 1536, 1537, 2049)
     for D, G in ((64, 1), (96, 5), (128, 4), (128, 16)):
         q, k, v = numbers(f"runs/{D}/{G}", 1, max(ends), G, 1, D, dtypes()[0])
