@@ -6,8 +6,8 @@ fetch values and weights, several blocks ahead; four consumer warps are left wit
 core's own steps. What they pass barriers in is not hidden behind the products but comes on top of them, so
 blocks are handed over four at a time.
 
-The order is that of `_chain_kernel`, instruction by instruction. Triton's interpreter does not know Gluon, so
-`_chain_kernel` is the text that runs on the CPU, and serves wherever this kernel can't.
+The order is that of `_chain_kernel` in `triton_phases.py`, instruction by instruction. Triton's interpreter
+does not know Gluon, so that one is the text that runs on the CPU, and serves wherever this kernel can't.
 """
 
 from __future__ import annotations
