@@ -53,16 +53,10 @@ CHECKS = (
 IN_GLUON = ("rings_run_on_from_item_to_item", "runs_of_blocks_are_handed_over")
 
 
-@pytest.mark.parametrize(
-    "check",
-    [
-        *CHECKS,
-        *(
-            pytest.param(c, marks=pytest.mark.skipif(not gluon_runs(), reason="no Hopper GPU"))
-            for c in IN_GLUON
-        ),
-    ],
-)
+_ON_HOPPER = pytest.mark.skipif(not gluon_runs(), reason="no Hopper GPU")
+
+
+@pytest.mark.parametrize("check", [*CHECKS, *(pytest.param(check, marks=_ON_HOPPER) for check in IN_GLUON)])
 def test_check_holds(check: str) -> None:
     root = Path(__file__).parent.parent
     path = os.pathsep.join(filter(None, (str(root / "src"), str(root), os.environ.get("PYTHONPATH"))))

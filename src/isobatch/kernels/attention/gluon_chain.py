@@ -39,7 +39,7 @@ from isobatch.kernels.attention.triton_steps import row_total
 from isobatch.kernels.gpu.overlap import early
 from isobatch.kernels.gpu.ptx import fma
 
-RUN = gl.constexpr(4)  # blocks that are handed over together
+RUN = gl.constexpr(4)  # blocks that are handed over together; look-ups and scales spell four out
 
 
 @gluon.jit

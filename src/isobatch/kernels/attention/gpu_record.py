@@ -142,7 +142,7 @@ def _listed(q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float
     return serve(q, cache, TiledRows(starts, lengths, rows.block_tables, rows.slots, tiles), scale)
 
 
-# Elsewhere others serve in their place, and would be tried twice.
+# Members where Gluon runs. Elsewhere others serve under these names, and would be tried twice.
 _IN_GLUON = (
     Member("streamed", Attention(decode="streamed"), GPU_ATTENTION),
     Member("streamed deep, fed", Attention(decode="streamed", deep=0, chunk="fed"), GPU_ATTENTION),
