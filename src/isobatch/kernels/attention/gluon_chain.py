@@ -21,92 +21,127 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
 from isobatch.kernels.attention.gluon_steps import (
     COLUMNS,
     PAGE,
     SPAN,
     barrier,
-    bulk_copy,
     clear_slots,
     fetch_pair,
+    layout,
     padded_heads,
     pair_of_pages,
     rows_of,
 )
-from isobatch.kernels.attention.triton_steps import row_total
+from isobatch.kernels.attention.triton_steps import lane_sums_down, row_total
 from isobatch.kernels.gpu.overlap import early
-from isobatch.kernels.gpu.ptx import fma
+from isobatch.kernels.gpu.ptx import acquired, ex2, fma, sub
 
 RUN = gl.constexpr(4)  # blocks that are handed over together
+WEIGHERS = gl.constexpr(8)  # warps that make weights
 
 
 @gluon.jit
-def _look_up(sources, place, g, PADDED: gl.constexpr, HEADS: gl.constexpr, PAIR: gl.constexpr):
-    """What a producer must know of a run of blocks: its pages, and the last one what rescales them."""
-    _, _, alphas, sums = sources
-    table, _, _, _, _, blocks, last_page = place
+def _look_up(place, g, PAIR: gl.constexpr):
+    """A producer's pages of a run of blocks."""
+    table, _, _, _, _, last_page = place
     n = g * RUN
-    pages = (
+    return (
         pair_of_pages(table, n, last_page, PAIR),
         pair_of_pages(table, n + 1, last_page, PAIR),
         pair_of_pages(table, n + 2, last_page, PAIR),
         pair_of_pages(table, n + 3, last_page, PAIR),
     )
-    rows: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [1, 1], [1, 0])
-    i = gl.arange(0, RUN * HEADS, layout=gl.SliceLayout(1, rows))
-    at = gl.minimum(n + i // HEADS, blocks - 1) * PADDED + i % PADDED
-    lane = gl.arange(0, 4, layout=gl.SliceLayout(0, rows))
-    # The other three make no use of it, and so the compiler leaves it out.
-    scales = (gl.load(alphas + at), gl.load(sums + at[:, None] * 4 + lane[None, :]))
-    return pages, scales
 
 
 @gluon.jit
-def _refill(
-    sources, rings, ready, free, place, g, known, G: gl.constexpr, RUNS: gl.constexpr, PAIR: gl.constexpr
-):
+def _refill(v, values_ring, ready, free, place, g, pages, RUNS: gl.constexpr, PAIR: gl.constexpr):
     """Has a run of blocks copied; after the last block there may be copies of anything."""
-    v, weights, _, _ = sources
-    values_ring, weights_ring, alphas_ring, sums_ring = rings
-    _, kv_heads, group, column, first_row, _, _ = place
-    pages, scales = known
+    _, kv_heads, group, column, _, _ = place
     s = g % RUNS
     mbarrier.wait(free.index(s), (g // RUNS + 1) & 1)
-    if PAIR == 3:
-        alphas_ring.index(s).store(scales[0])
-        sums_ring.index(s).store(scales[1])
-        barrier()
-    size: gl.constexpr = v.block_type.nbytes * 2 + (weights.block_type.nbytes if PAIR == 0 else 0)
+    size: gl.constexpr = v.block_type.nbytes * 2
     mbarrier.expect(ready.index(s), size * RUN)
     for i in gl.static_range(RUN):
-        to = s * RUN + i
-        if PAIR == 0:
-            at = [first_row + (g * RUN + i) * G, 0]
-            bulk_copy(weights, at, ready.index(s), weights_ring.index(to))
-        fetch_pair(v, values_ring.index(to), ready.index(s), pages[i], kv_heads, group, column, PAIR)
+        to = values_ring.index(s * RUN + i)
+        fetch_pair(v, to, ready.index(s), pages[i], kv_heads, group, column, PAIR)
 
 
 @gluon.jit
-def _produce(
-    sources, rings, ready, free, place,
-    G: gl.constexpr, PADDED: gl.constexpr, HEADS: gl.constexpr, RUNS: gl.constexpr, PAIR: gl.constexpr,
-):  # fmt: skip
-    """Fetches two of each block's pages; the first of four warps its weights, the last what rescales it.
-
-    Fewer warps can't issue all copies in the time that the consumers take.
-    """
-    _, _, _, _, _, blocks, _ = place
+def _produce(v, values_ring, ready, free, place, RUNS: gl.constexpr, PAIR: gl.constexpr):
+    """Fetches two of each block's pages. Fewer than four warps can't issue all copies in time."""
+    _, _, _, _, blocks, _ = place
     runs = gl.cdiv(blocks, RUN)
     # Two names in turn: a register that is copied is waited for, and the look-up would be ahead of nothing.
-    even = _look_up(sources, place, 0, PADDED, HEADS, PAIR)
+    even = _look_up(place, 0, PAIR)
     for g in range(0, runs, 2):
-        odd = _look_up(sources, place, g + 1, PADDED, HEADS, PAIR)
-        _refill(sources, rings, ready, free, place, g, even, G, RUNS, PAIR)
-        even = _look_up(sources, place, g + 2, PADDED, HEADS, PAIR)
+        odd = _look_up(place, g + 1, PAIR)
+        _refill(v, values_ring, ready, free, place, g, even, RUNS, PAIR)
+        even = _look_up(place, g + 2, PAIR)
         if g + 1 < runs:
-            _refill(sources, rings, ready, free, place, g + 1, odd, G, RUNS, PAIR)
+            _refill(v, values_ring, ready, free, place, g + 1, odd, RUNS, PAIR)
+
+
+@gluon.jit
+def _await(counts, g, blocks):
+    """Until the scores of a run are there. Each thread sees for itself: it is what it then reads by."""
+    all_of_it = gl.minimum(blocks - g * RUN, RUN)
+    there = acquired(counts + g)
+    while there < all_of_it:
+        there = acquired(counts + g)
+
+
+@gluon.jit
+def _weigh(
+    scores, maxima, counts, rings, ready, free, blocks,
+    G: gl.constexpr, HEADS: gl.constexpr, RUNS: gl.constexpr, WHO: gl.constexpr,
+):  # fmt: skip
+    """Makes the weights of one block of every other run, and what rescales it, as `_weights_kernel` does."""
+    _, weights_ring, alphas_ring, sums_ring = rings
+    # A thread has all keys of one lane for one head, so that the lane's chain is in its registers.
+    chains: gl.constexpr = gl.DistributedLinearLayout(
+        reg_bases=[[1, 0], [8, 0], [16, 0], [32, 0], [64, 0]] + ([[0, 8]] if HEADS == 16 else []),
+        lane_bases=[[2, 0], [4, 0], [0, 1], [0, 2], [0, 4]],
+        warp_bases=[],
+        block_bases=[],
+        shape=[128, HEADS],
+    )
+    j = gl.arange(0, SPAN, layout=gl.SliceLayout(1, chains))
+    h = gl.arange(0, HEADS, layout=gl.SliceLayout(0, chains))
+    mine, last = h < G, blocks - 1
+    m = gl.full([HEADS], float("-inf"), gl.float32, layout=gl.SliceLayout(0, chains))
+    PLACE: gl.constexpr = WHO % RUN
+    for g in range(WHO // RUN, gl.cdiv(blocks, RUN), 2):
+        first, s = g * RUN, g % RUNS
+        n = gl.minimum(first + PLACE, last)
+        # Of the run before, which other warps have, only the maxima.
+        if g > 0:
+            _await(counts, g - 1, blocks)
+        _await(counts, g, blocks)
+        x = gl.load(scores + (n * SPAN + j)[:, None] * G + h[None, :], mask=mine[None, :], other=0.0)
+        for i in gl.static_range(RUN):
+            at = maxima + gl.maximum(first - RUN + i, 0) * G + h
+            m = gl.maximum(m, gl.load(at, mask=mine & (first > 0), other=float("-inf")))
+        before, top = m, m
+        for i in gl.static_range(RUN):
+            at = maxima + gl.minimum(first + i, last) * G + h
+            m = gl.maximum(m, gl.load(at, mask=mine, other=0.0))
+            if i + 1 == PLACE:
+                before = m
+            if i == PLACE:
+                top = m
+        p = ex2(sub(x, gl.expand_dims(top, 0)))
+        alpha = ex2(sub(before, top))
+        t = lane_sums_down(p, HEADS)
+        mbarrier.wait(free.index(s), (g // RUNS + 1) & 1)
+        weights_ring.index(s * RUN + PLACE).permute((1, 0)).store(p.to(weights_ring.dtype))
+        alphas_ring.index(s).slice(PLACE * HEADS, HEADS).store(alpha)
+        sums_ring.index(s).slice(PLACE * HEADS, HEADS).store(t)
+        fence_async_shared()
+        barrier()
+        mbarrier.arrive(ready.index(s))
 
 
 @gluon.jit
@@ -177,13 +212,11 @@ def _consume(
 
 @gluon.jit
 def _chain_kernel(
-    v, weights, alphas, sums, out, query_starts, context_lengths, block_tables, requests,
+    v, scores, maxima, counts, out, query_starts, context_lengths, block_tables, requests,
     out_row, table_row, most_blocks, kv_heads,
-    G: gl.constexpr, D: gl.constexpr, PADDED: gl.constexpr, HEADS: gl.constexpr, RUNS: gl.constexpr,
+    G: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr, RUNS: gl.constexpr, tile: gl.constexpr,
 ):  # fmt: skip
-    """Axes: slice of columns, key/value head, request. alphas [.., B, PADDED], sums [.., B, PADDED, 4]."""
-    gdc_wait()
-    gdc_launch_dependents()
+    """Axes: slice of columns, key/value head, request. Scores and maxima are read as their counts go up."""
     group, item = gl.program_id(1), gl.program_id(2)
     request = item
     if requests is not None:
@@ -191,47 +224,57 @@ def _chain_kernel(
     context = gl.load(context_lengths + request)
     row = gl.load(query_starts + request).to(gl.int64)
     if gl.load(query_starts + request + 1) <= row:
+        gdc_wait()
         return
     blocks = gl.cdiv(context, SPAN)
-    base = (item * kv_heads + group) * most_blocks
+    base = ((item * kv_heads + group) * most_blocks).to(gl.int64)
     table = block_tables + request.to(gl.int64) * table_row
     column, last_page = gl.program_id(0) * COLUMNS, gl.maximum(context - 1, 0) // PAGE
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     square: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
     rings = (
         gl.allocate_shared_memory(v.dtype, [RUNS * RUN, SPAN, COLUMNS], v.layout),
-        gl.allocate_shared_memory(v.dtype, [RUNS * RUN, HEADS, SPAN], weights.layout),
+        gl.allocate_shared_memory(v.dtype, [RUNS * RUN, HEADS, SPAN], tile),
         gl.allocate_shared_memory(gl.float32, [RUNS, RUN * HEADS], flat),
         gl.allocate_shared_memory(gl.float32, [RUNS, RUN * HEADS, 4], square),
     )
     ready = gl.allocate_shared_memory(gl.int64, [RUNS, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [RUNS, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(RUNS):
-        mbarrier.init(ready.index(s), count=4)
+        mbarrier.init(ready.index(s), count=8)  # four producers, and four of the weighers
         mbarrier.init(free.index(s), count=1)
     fence_async_shared()
-    sources = (
-        v, weights, alphas + base.to(gl.int64) * PADDED, sums + base.to(gl.int64) * (PADDED * 4)
-    )  # fmt: skip
-    place = (table, kv_heads, group, column, base * G, blocks, last_page)
+    place = (table, kv_heads, group, column, blocks, last_page)
+    scores += base * (SPAN * G)
+    maxima += base * G
+    counts += (item * kv_heads + group) * gl.cdiv(most_blocks, RUN)
     to = out + row * out_row + group * (G * D)
     gl.warp_specialize(
         [
             (_consume, (rings, ready, free, to, blocks, context, G, D, HEADS, RUNS)),
-            (_produce, (sources, rings, ready, free, place, G, PADDED, HEADS, RUNS, 0)),
-            (_produce, (sources, rings, ready, free, place, G, PADDED, HEADS, RUNS, 1)),
-            (_produce, (sources, rings, ready, free, place, G, PADDED, HEADS, RUNS, 2)),
-            (_produce, (sources, rings, ready, free, place, G, PADDED, HEADS, RUNS, 3)),
+            (_produce, (v, rings[0], ready, free, place, RUNS, 0)),
+            (_produce, (v, rings[0], ready, free, place, RUNS, 1)),
+            (_produce, (v, rings[0], ready, free, place, RUNS, 2)),
+            (_produce, (v, rings[0], ready, free, place, RUNS, 3)),
+            (_weigh, (scores, maxima, counts, rings, ready, free, blocks, G, HEADS, RUNS, 0)),
+            (_weigh, (scores, maxima, counts, rings, ready, free, blocks, G, HEADS, RUNS, 1)),
+            (_weigh, (scores, maxima, counts, rings, ready, free, blocks, G, HEADS, RUNS, 2)),
+            (_weigh, (scores, maxima, counts, rings, ready, free, blocks, G, HEADS, RUNS, 3)),
+            (_weigh, (scores, maxima, counts, rings, ready, free, blocks, G, HEADS, RUNS, 4)),
+            (_weigh, (scores, maxima, counts, rings, ready, free, blocks, G, HEADS, RUNS, 5)),
+            (_weigh, (scores, maxima, counts, rings, ready, free, blocks, G, HEADS, RUNS, 6)),
+            (_weigh, (scores, maxima, counts, rings, ready, free, blocks, G, HEADS, RUNS, 7)),
         ],
-        [1, 1, 1, 1],
-        [48, 48, 48, 48],
+        [1] * 12,
+        [40] * 4 + [104] * 8,
     )
+    gdc_wait()
 
 
 def chain(
-    weights: torch.Tensor,
-    alphas: torch.Tensor,
-    sums: torch.Tensor,
+    scores: torch.Tensor,
+    maxima: torch.Tensor,
+    counts: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
     query_starts: torch.Tensor,
@@ -242,14 +285,13 @@ def chain(
     count: int,
     blocks: int,
     group: int,
-    padded: int,
 ) -> None:
-    """The third phase: out = the chain over blocks of values, by weights that the second phase has made.
+    """The second and third phase: weights out of scores, and out = the chain over blocks of values.
 
     Args:
-        weights: of v's dtype [count, Hkv, blocks, group, 128].
-        alphas: float32 [count, Hkv, blocks, padded].
-        sums: float32 [count, Hkv, blocks, padded, 4].
+        scores: float32 [count, Hkv, blocks, 128, group], which the first phase may still be writing.
+        maxima: float32 [count, Hkv, blocks, group], likewise.
+        counts: int32 [count, Hkv, runs], of the blocks of each run of four of which both are there.
         v: the cache's values [pages, Hkv, 16, D].
         out: [T, H, D].
         query_starts: int32 [R + 1].
@@ -259,7 +301,6 @@ def chain(
         count: requests served.
         blocks: of 128 keys that there is room for.
         group: query heads of a key/value head, at most 16.
-        padded: what `group` is padded to in alphas and sums.
 
     Determinism:
         As of `attention_phases`.
@@ -267,8 +308,7 @@ def chain(
     _, kv_heads, page, D = v.shape
     heads = padded_heads(group)
     _chain_kernel[(-(-D // COLUMNS.value), kv_heads, count)](
-        rows_of(v, page), rows_of(weights, heads, 128),
-        alphas, sums, out, query_starts, context_lengths, block_tables, requests,
+        rows_of(v, page), scores, maxima, counts, out, query_starts, context_lengths, block_tables, requests,
         out.stride(0), block_tables.stride(0), blocks, kv_heads,
-        G=group, D=D, PADDED=padded, HEADS=heads, RUNS=3 if heads == 8 else 2, num_warps=4, **early(),
+        G=group, D=D, HEADS=heads, RUNS=3 if heads == 8 else 2, tile=layout(v.dtype), num_warps=4, **early(),
     )  # fmt: skip

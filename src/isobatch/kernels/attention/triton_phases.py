@@ -35,11 +35,13 @@ from isobatch.kernels.attention.triton_steps import (
 )
 from isobatch.kernels.gpu.device import gluon_runs, multiprocessors
 from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin
-from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
+from isobatch.kernels.gpu.ptx import ex2, fma, mul, release_one, sub
 
 _LEAST_PADDED = 4  # heads
 # Programs of the scores that share a multiprocessor: with room for one block each, and for three.
 _BRIEF, _DEEP = 6, 2
+_ALONE = 4  # blocks that one has room for which has a multiprocessor to itself
+_RUN = 4  # blocks that are counted together
 
 
 @triton.jit
@@ -51,12 +53,15 @@ def _context(query_starts, context_lengths, request):
 
 @triton.jit
 def _scores_kernel(
-    q, k, scores, maxima, query_starts, context_lengths, block_tables, requests, c,
+    q, k, scores, maxima, counts, query_starts, context_lengths, block_tables, requests, c,
     q_row, q_head, table_row, blocks,
     block_stride: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """Axes: first block, key/value head, request. scores [R, Hkv, B, 128, G], maxima [R, Hkv, B, G]."""
+    """Axes: first block, key/value head, request. scores [R, Hkv, B, 128, G], maxima [R, Hkv, B, G].
+
+    Where there are `counts` [R, Hkv, runs of blocks], a block is counted as soon as others may read it.
+    """
     inputs_ready()
     next_may_begin()
     group, item = tl.program_id(1), tl.program_id(2)
@@ -89,6 +94,9 @@ def _scores_kernel(
         to = (base + n) * SPAN + tl.arange(0, SPAN)
         tl.store(scores + to[:, None] * G + h[None, :], x, mask=(h < G)[None, :])
         tl.store(maxima + (base + n) * G + h, tl.max(x, 0), mask=h < G)
+        if counts is not None:
+            runs = (item * tl.num_programs(1) + group) * tl.cdiv(blocks, RUN)
+            release_one(counts + runs + n // RUN)
 
 
 @triton.jit
@@ -248,36 +256,43 @@ def attention_phases(
     requests, tables = rows.requests(chosen), rows.block_tables
     shape = group_shape(q, cache)
     G, D = shape["G"], shape["D"]
-    padded = max(_LEAST_PADDED, triton.next_power_of_2(G))
     blocks = max(1, -(-max(rows.contexts[r] for r in chosen) // 128))
-    size = R * kv_heads * blocks
+    groups, places, size = R * kv_heads, multiprocessors(), R * kv_heads * blocks
+    fed = phases.fed and gluon_runs()
     scores = torch.empty(size * 128 * G, dtype=torch.float32, device=q.device)
-    weights = torch.empty(size * G, 128, dtype=q.dtype, device=q.device)
-    small = torch.empty(6, size * padded, dtype=torch.float32, device=q.device)
-    groups, places = R * kv_heads, multiprocessors()
-    # A block for each program while all find a place at once; else few programs with deep pipelines.
-    brief = blocks * groups <= _BRIEF * places
-    steps, stages = (blocks, 1) if brief else (max(1, _DEEP * places // groups), phases.score_stages)
-    _scores_kernel[(steps, kv_heads, R)](
-        q, cache.k, scores, small[0], rows.query_starts, rows.context_lengths, tables, requests,
+    maxima = torch.empty(size * G, dtype=torch.float32, device=q.device)
+    counts = torch.zeros(groups * -(-blocks // _RUN), dtype=torch.int32, device=q.device) if fed else None
+    if fed:
+        # One for each multiprocessor that the chain, which runs at the same time, leaves.
+        steps, stages = max(1, (places - groups * -(-D // 64)) // groups), _ALONE
+    elif blocks * groups <= _BRIEF * places:
+        # A block for each program while all find a place at once.
+        steps, stages = blocks, 1
+    else:
+        steps, stages = max(1, _DEEP * places // groups), phases.score_stages
+    _scores_kernel[(min(steps, blocks), kv_heads, R)](
+        q, cache.k, scores, maxima, counts, rows.query_starts, rows.context_lengths, tables, requests,
         exponent_scale(scale), q.stride(0), q.stride(1), tables.stride(0), blocks,
         **shape, WIDTH=triton.next_power_of_2(D),
-        STAGES=stages, num_warps=4, num_stages=stages, **early(),
+        STAGES=stages, RUN=_RUN, num_warps=4, num_stages=stages, **early(),
     )  # fmt: skip
-    _weights_kernel[(-(-blocks // phases.run), kv_heads, R)](
-        scores, small[0], weights, small[1], small[2:], rows.query_starts, rows.context_lengths,
-        requests, blocks, G=G, HEADS=padded, RUN=phases.run, LOOK=128, num_warps=1, **early(),
-    )  # fmt: skip
-    if phases.fed and gluon_runs():
+    if counts is not None:
         from isobatch.kernels.attention.gluon_chain import chain
 
         chain(
-            weights, small[1], small[2:], cache.v, out, rows.query_starts, rows.context_lengths, tables,
-            requests, count=R, blocks=blocks, group=G, padded=padded,
+            scores, maxima, counts, cache.v, out, rows.query_starts, rows.context_lengths, tables, requests,
+            count=R, blocks=blocks, group=G,
         )  # fmt: skip
         return out
+    padded = max(_LEAST_PADDED, triton.next_power_of_2(G))
+    weights = torch.empty(size * G, 128, dtype=q.dtype, device=q.device)
+    alphas, sums = torch.empty(5, size * padded, dtype=torch.float32, device=q.device).split((1, 4))
+    _weights_kernel[(-(-blocks // phases.run), kv_heads, R)](
+        scores, maxima, weights, alphas, sums, rows.query_starts, rows.context_lengths,
+        requests, blocks, G=G, HEADS=padded, RUN=phases.run, LOOK=128, num_warps=1, **early(),
+    )  # fmt: skip
     _chain_kernel[(-(-D // phases.columns), kv_heads, R)](
-        weights, small[1], small[2:], cache.v, out, rows.query_starts, rows.context_lengths, tables,
+        weights, alphas, sums, cache.v, out, rows.query_starts, rows.context_lengths, tables,
         requests, out.stride(0), tables.stride(0), blocks,
         **shape, PADDED=padded, SLICE=phases.columns,
         STAGES=phases.stages, num_warps=phases.warps, num_stages=phases.stages, **early(),

@@ -74,3 +74,34 @@ def fma(x, y, z):
     return tl.inline_asm_elementwise(
         "fma.rn.ftz.f32 $0, $1, $2, $3;", "=f,f,f,f", [x, y, z], dtype=tl.float32, is_pure=True, pack=1
     )
+
+
+@triton.jit
+def release_one(counter):
+    """Adds one to an int32 when all threads of the program are here: what they wrote is then to be read.
+
+    In assembly, barrier and all: Triton does not pipeline a loop in which it sees a barrier.
+    """
+    tl.inline_asm_elementwise(
+        """
+        {
+            .reg .pred first;
+            .reg .u32 thread;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 first, thread, 0;
+            bar.sync 0;
+            @first red.release.gpu.global.add.s32 [$1], 1;
+            mov.u32 $0, 0;
+        }
+        """,
+        "=r,l", [counter.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def acquired(counter):
+    """An int32 that a running kernel counts up by `release_one`: what was written before can then be read."""
+    return tl.inline_asm_elementwise(
+        "ld.acquire.gpu.global.b32 $0, [$1];",
+        "=r,l", [counter.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
