@@ -62,8 +62,8 @@ def _compile_only() -> list[Any]:
 def touches_too_early(ptx: str) -> bool:
     """Whether the code of a kernel that is launched early reads or writes memory before it waits.
 
-    Asking the second-level cache for weights, which no kernel writes, is neither. A kernel that runs beside the
-    one before acquires its counts instead, and waits before it ends.
+    Asking the second-level cache for weights, which no kernel writes, is neither. A kernel that runs beside
+    the one before acquires its counts instead, and waits before it ends.
     """
     if "ld.acquire.gpu" in ptx:
         return "griddepcontrol.wait" not in ptx
