@@ -1,13 +1,15 @@
-"""The chain of `triton_phases.py` on Hopper, with its loads in warps of their own.
+"""The second and third phase of `triton_phases.py` on Hopper, at the same time as the first.
 
 The chain's length is what a long context at small batch costs: one step per block of 128 keys, none of which
-may begin before the one before has ended. Four producer warps look pages up and have the bulk copy engine
-fetch values and weights, several blocks ahead; four consumer warps are left with the rescaling and the tensor
-core's own steps. What they pass barriers in is not hidden behind the products but comes on top of them, so
-blocks are handed over four at a time.
+may begin before the one before has ended. So it begins while scores are still being taken: the first phase's
+kernel runs on the multiprocessors that this one leaves, lets it begin at once, and counts the blocks that are
+there. Eight warps make weights of scores as they come; four look pages up and have the bulk copy engine fetch
+values, several blocks ahead; four are left with the rescaling and the tensor core's own steps. What these
+pass barriers in is not hidden behind the products but comes on top of them, so blocks are handed over four at
+a time.
 
-The order is that of `_chain_kernel`, instruction by instruction. Triton's interpreter does not know Gluon, so
-`_chain_kernel` is the text that runs on the CPU, and serves wherever this kernel can't.
+The order is that of `_weights_kernel` and `_chain_kernel`, instruction by instruction. Triton's interpreter
+does not know Gluon, so they are the text that runs on the CPU, and serve wherever this kernel can't.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from isobatch.kernels.attention.gluon_steps import (
     COLUMNS,
@@ -40,7 +42,6 @@ from isobatch.kernels.gpu.overlap import early
 from isobatch.kernels.gpu.ptx import acquired, ex2, fma, sub
 
 RUN = gl.constexpr(4)  # blocks that are handed over together
-WEIGHERS = gl.constexpr(8)  # warps that make weights
 
 
 @gluon.jit
@@ -85,12 +86,20 @@ def _produce(v, values_ring, ready, free, place, RUNS: gl.constexpr, PAIR: gl.co
 
 
 @gluon.jit
-def _await(counts, g, blocks):
-    """Until the scores of a run are there. Each thread sees for itself: it is what it then reads by."""
-    all_of_it = gl.minimum(blocks - g * RUN, RUN)
-    there = acquired(counts + g)
-    while there < all_of_it:
-        there = acquired(counts + g)
+def _scored(counts, known, g, blocks):
+    """Waits for the scores of run g; returns how many runs from the first one on are known to be there.
+
+    A look at 32 counts at once is one trip to the second-level cache, and mostly serves later runs, too.
+    """
+    runs = gl.cdiv(blocks, RUN)
+    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    while known <= g:
+        run = known + lane
+        there = acquired(counts + gl.minimum(run, runs - 1))
+        missing = (run < runs) & (there < gl.minimum(blocks - run * RUN, RUN))
+        known += gl.min(gl.where(missing, lane, 32), 0)
+    barrier()  # what one thread has acquired all may read
+    return known
 
 
 @gluon.jit
@@ -113,14 +122,13 @@ def _weigh(
     mine, last = h < G, blocks - 1
     m = gl.full([HEADS], float("-inf"), gl.float32, layout=gl.SliceLayout(0, chains))
     PLACE: gl.constexpr = WHO % RUN
+    known = 0
     for g in range(WHO // RUN, gl.cdiv(blocks, RUN), 2):
         first, s = g * RUN, g % RUNS
         n = gl.minimum(first + PLACE, last)
-        # Of the run before, which other warps have, only the maxima.
-        if g > 0:
-            _await(counts, g - 1, blocks)
-        _await(counts, g, blocks)
+        known = _scored(counts, known, g, blocks)
         x = gl.load(scores + (n * SPAN + j)[:, None] * G + h[None, :], mask=mine[None, :], other=0.0)
+        # The run before is another warp's; of it only the maxima count here.
         for i in gl.static_range(RUN):
             at = maxima + gl.maximum(first - RUN + i, 0) * G + h
             m = gl.maximum(m, gl.load(at, mask=mine & (first > 0), other=float("-inf")))
@@ -202,6 +210,8 @@ def _consume(
                     acc, lanes = _step(acc, lanes, last, values_ring.index(at), weights_ring.index(at))
         barrier()
         mbarrier.arrive(free.index(s))
+    gdc_wait()  # the scores are there; what is waited for is that whoever waits for this kernel waits for all
+    gdc_launch_dependents()
     total = gl.convert_layout(row_total(lanes, HEADS), of_acc)
     column = gl.arange(0, HEADS, layout=of_acc)
     d = gl.program_id(0) * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, across))
@@ -268,7 +278,6 @@ def _chain_kernel(
         [1] * 12,
         [40] * 4 + [104] * 8,
     )
-    gdc_wait()
 
 
 def chain(
