@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction
 from isobatch.kernels.gpu import device as gpu
 
 _TOUCHES = re.compile(r"\b(?:ld\.global|st\.global|ld\.relaxed|atom|red\.|cp\.async(?!\.bulk\.prefetch))")
+_WRITES = re.compile(r"\b(?:st\.global|atom|red\.)")
 _SHARED_BYTES = 232_448  # what one program may have on compute capability 9.0
 
 
@@ -66,7 +67,8 @@ def touches_too_early(ptx: str) -> bool:
     the one before acquires its counts instead, and waits before it ends.
     """
     if "ld.acquire.gpu" in ptx:
-        return "griddepcontrol.wait" not in ptx
+        wait, writes = ptx.rfind("griddepcontrol.wait"), _WRITES.search(ptx)
+        return writes is not None and not 0 <= wait < writes.start()
     wait, touch = ptx.find("griddepcontrol.wait"), _TOUCHES.search(ptx)
     return touch is not None and not 0 <= wait < touch.start()
 

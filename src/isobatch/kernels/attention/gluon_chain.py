@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from isobatch.kernels.attention import triton_phases
 from isobatch.kernels.attention.gluon_steps import (
     COLUMNS,
     PAGE,
@@ -41,7 +42,7 @@ from isobatch.kernels.attention.triton_steps import lane_sums_down, row_total
 from isobatch.kernels.gpu.overlap import early
 from isobatch.kernels.gpu.ptx import acquired, ex2, fma, sub
 
-RUN = gl.constexpr(4)  # blocks that are handed over together
+RUN = gl.constexpr(triton_phases.RUN)
 
 
 @gluon.jit
@@ -119,7 +120,9 @@ def _weigh(
     )
     j = gl.arange(0, SPAN, layout=gl.SliceLayout(1, chains))
     h = gl.arange(0, HEADS, layout=gl.SliceLayout(0, chains))
-    mine, last = h < G, blocks - 1
+    # A head beyond the group's is any other one: its column of the sums goes nowhere.
+    mine, last = gl.minimum(h, G - 1), blocks - 1
+    place = (j * G)[:, None] + mine[None, :]
     m = gl.full([HEADS], float("-inf"), gl.float32, layout=gl.SliceLayout(0, chains))
     PLACE: gl.constexpr = WHO % RUN
     known = 0
@@ -127,15 +130,14 @@ def _weigh(
         first, s = g * RUN, g % RUNS
         n = gl.minimum(first + PLACE, last)
         known = _scored(counts, known, g, blocks)
-        x = gl.load(scores + (n * SPAN + j)[:, None] * G + h[None, :], mask=mine[None, :], other=0.0)
+        x = gl.load(scores + n * (SPAN * G) + place)
         # The run before is another warp's; of it only the maxima count here.
         for i in gl.static_range(RUN):
-            at = maxima + gl.maximum(first - RUN + i, 0) * G + h
-            m = gl.maximum(m, gl.load(at, mask=mine & (first > 0), other=float("-inf")))
+            top = gl.load(maxima + gl.maximum(first - RUN + i, 0) * G + mine)
+            m = gl.maximum(m, gl.where(first > 0, top, float("-inf")))
         before, top = m, m
         for i in gl.static_range(RUN):
-            at = maxima + gl.minimum(first + i, last) * G + h
-            m = gl.maximum(m, gl.load(at, mask=mine, other=0.0))
+            m = gl.maximum(m, gl.load(maxima + gl.minimum(first + i, last) * G + mine))
             if i + 1 == PLACE:
                 before = m
             if i == PLACE:
@@ -173,7 +175,7 @@ def _step(acc, lanes, scales, values, weights):
 
 @gluon.jit
 def _consume(
-    rings, ready, free, out, blocks, context,
+    rings, ready, free, counts, out, blocks, context,
     G: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr, RUNS: gl.constexpr,
 ):  # fmt: skip
     """Out [G, D] of this request, group and slice."""
@@ -210,8 +212,12 @@ def _consume(
                     acc, lanes = _step(acc, lanes, last, values_ring.index(at), weights_ring.index(at))
         barrier()
         mbarrier.arrive(free.index(s))
-    gdc_wait()  # the scores are there; what is waited for is that whoever waits for this kernel waits for all
+    gdc_wait()  # the scores are there: this is so that who waits for this kernel waits for all before it
     gdc_launch_dependents()
+    # As they were found, for the next layer: nobody counts any more, and those who looked have handed over.
+    run = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    for first in range(0, gl.cdiv(blocks, RUN), 128):
+        gl.store(counts + first + run, gl.zeros_like(run), mask=first + run < gl.cdiv(blocks, RUN))
     total = gl.convert_layout(row_total(lanes, HEADS), of_acc)
     column = gl.arange(0, HEADS, layout=of_acc)
     d = gl.program_id(0) * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, across))
@@ -257,11 +263,11 @@ def _chain_kernel(
     place = (table, kv_heads, group, column, blocks, last_page)
     scores += base * (SPAN * G)
     maxima += base * G
-    counts += (item * kv_heads + group) * gl.cdiv(most_blocks, RUN)
+    counts += ((item * kv_heads + group) * gl.num_programs(0) + gl.program_id(0)) * gl.cdiv(most_blocks, RUN)
     to = out + row * out_row + group * (G * D)
     gl.warp_specialize(
         [
-            (_consume, (rings, ready, free, to, blocks, context, G, D, HEADS, RUNS)),
+            (_consume, (rings, ready, free, counts, to, blocks, context, G, D, HEADS, RUNS)),
             (_produce, (v, rings[0], ready, free, place, RUNS, 0)),
             (_produce, (v, rings[0], ready, free, place, RUNS, 1)),
             (_produce, (v, rings[0], ready, free, place, RUNS, 2)),
@@ -276,7 +282,7 @@ def _chain_kernel(
             (_weigh, (scores, maxima, counts, rings, ready, free, blocks, G, HEADS, RUNS, 7)),
         ],
         [1] * 12,
-        [40] * 4 + [104] * 8,
+        [40] * 4 + [128] * 8,
     )
 
 
@@ -300,7 +306,7 @@ def chain(
     Args:
         scores: float32 [count, Hkv, blocks, 128, group], which the first phase may still be writing.
         maxima: float32 [count, Hkv, blocks, group], likewise.
-        counts: int32 [count, Hkv, runs], of the blocks of each run of four of which both are there.
+        counts: int32 [count, Hkv, slices of 64 columns, runs], of the blocks of which both are there; zeroed.
         v: the cache's values [pages, Hkv, 16, D].
         out: [T, H, D].
         query_starts: int32 [R + 1].

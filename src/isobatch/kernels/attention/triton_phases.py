@@ -35,13 +35,13 @@ from isobatch.kernels.attention.triton_steps import (
 )
 from isobatch.kernels.gpu.device import gluon_runs, multiprocessors
 from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin
-from isobatch.kernels.gpu.ptx import ex2, fma, mul, release_one, sub
+from isobatch.kernels.gpu.ptx import ex2, fma, mul, release, sub
 
 _LEAST_PADDED = 4  # heads
 # Programs of the scores that share a multiprocessor: with room for one block each, and for three.
 _BRIEF, _DEEP = 6, 2
 _ALONE = 4  # blocks that one has room for which has a multiprocessor to itself
-_RUN = 4  # blocks that are counted together
+RUN = 4  # blocks that are counted, and handed over, together
 
 
 @triton.jit
@@ -56,11 +56,12 @@ def _scores_kernel(
     q, k, scores, maxima, counts, query_starts, context_lengths, block_tables, requests, c,
     q_row, q_head, table_row, blocks,
     block_stride: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
-    STAGES: tl.constexpr, RUN: tl.constexpr,
+    STAGES: tl.constexpr, RUN: tl.constexpr, READERS: tl.constexpr,
 ):  # fmt: skip
     """Axes: first block, key/value head, request. scores [R, Hkv, B, 128, G], maxima [R, Hkv, B, G].
 
-    Where there are `counts` [R, Hkv, runs of blocks], a block is counted as soon as others may read it.
+    Where there are `counts` [R, Hkv, READERS, runs of blocks], a block is counted as soon as others may read
+    it, for each of its readers.
     """
     inputs_ready()
     next_may_begin()
@@ -81,6 +82,10 @@ def _scores_kernel(
     base = (item * tl.num_programs(1) + group).to(tl.int64) * blocks
     step = tl.num_programs(0)
     pages = pages_of(table, first * SPAN, context)
+    runs = tl.cdiv(blocks, RUN)
+    counter = counts
+    if counts is not None:
+        counter += (item * tl.num_programs(1) + group) * READERS * runs
     for n in tl.range(first, tl.cdiv(context, SPAN), step, num_stages=STAGES):
         j = n * SPAN + tl.arange(0, SPAN)
         source = k + page_rows(pages, block_stride, group * (PAGE * D), D, 0, WIDTH)
@@ -91,12 +96,16 @@ def _scores_kernel(
         pages = pages_of(table, (n + step) * SPAN, context)
         x = mul(product(kj, tl.trans(qs), None), tl.full((SPAN, HEADS), 0.0, tl.float32) + c)
         x = tl.where((j < context)[:, None], x, float("-inf"))
+        if counts is not None:
+            # The block before: its numbers have long been written, and so it costs no wait for them.
+            before = tl.maximum(n - step, first)
+            release(counter + before // RUN, runs * 4, READERS, (n > first).to(tl.int32))
         to = (base + n) * SPAN + tl.arange(0, SPAN)
         tl.store(scores + to[:, None] * G + h[None, :], x, mask=(h < G)[None, :])
         tl.store(maxima + (base + n) * G + h, tl.max(x, 0), mask=h < G)
-        if counts is not None:
-            runs = (item * tl.num_programs(1) + group) * tl.cdiv(blocks, RUN)
-            release_one(counts + runs + n // RUN)
+    if counts is not None:
+        last = first + (tl.cdiv(context, SPAN) - 1 - first) // step * step
+        release(counter + last // RUN, runs * 4, READERS, 1)
 
 
 @triton.jit
@@ -258,13 +267,18 @@ def attention_phases(
     G, D = shape["G"], shape["D"]
     blocks = max(1, -(-max(rows.contexts[r] for r in chosen) // 128))
     groups, places, size = R * kv_heads, multiprocessors(), R * kv_heads * blocks
-    fed = phases.fed and gluon_runs()
+    fed = phases.fed and gluon_runs() and D <= 128
     scores = torch.empty(size * 128 * G, dtype=torch.float32, device=q.device)
     maxima = torch.empty(size * G, dtype=torch.float32, device=q.device)
-    counts = torch.zeros(groups * -(-blocks // _RUN), dtype=torch.int32, device=q.device) if fed else None
+    counts, slices = None, -(-D // 64)
     if fed:
-        # One for each multiprocessor that the chain, which runs at the same time, leaves.
-        steps, stages = max(1, (places - groups * -(-D // 64)) // groups), _ALONE
+        # Zero before each layer, for the chain leaves them so.
+        counts = rows.once(
+            ("counts", chosen, slices),
+            lambda: torch.zeros(groups, slices, -(-blocks // RUN), dtype=torch.int32, device=q.device),
+        )
+        # A program for each multiprocessor that the chain, which runs at the same time, leaves.
+        steps, stages = max(1, (places - groups * slices) // groups), _ALONE
     elif blocks * groups <= _BRIEF * places:
         # A block for each program while all find a place at once.
         steps, stages = blocks, 1
@@ -274,7 +288,7 @@ def attention_phases(
         q, cache.k, scores, maxima, counts, rows.query_starts, rows.context_lengths, tables, requests,
         exponent_scale(scale), q.stride(0), q.stride(1), tables.stride(0), blocks,
         **shape, WIDTH=triton.next_power_of_2(D),
-        STAGES=stages, RUN=_RUN, num_warps=4, num_stages=stages, **early(),
+        STAGES=stages, RUN=RUN, READERS=slices, num_warps=4, num_stages=stages, **early(),
     )  # fmt: skip
     if counts is not None:
         from isobatch.kernels.attention.gluon_chain import chain
