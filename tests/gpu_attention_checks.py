@@ -80,7 +80,7 @@ def a_seen_infinity_is_what_the_sum_gives() -> None:
     v = case.v.clone()
     length = v.shape[1]
     for request in range(3):
-        # Each column its own mixture: one infinity, two of one sign, two that make NaN, a NaN.
+        # Each column its own mixture: two infinities of one sign, one, a NaN, two that make NaN.
         for column, value in enumerate((float("inf"), float("-inf"), float("nan"), float("inf"))):
             v[request, length // 2 + 5 * column, :, column] = value
         v[request, length - 3, :, 3] = float("-inf")
@@ -125,11 +125,11 @@ def requests_without_queries_are_inert() -> None:
         "tiles": partial(attention_tiled, tile=Tile(16, 1, 1, packed=True)),
         "down": partial(attention_down, down=Down(1, 1)),
         "phases": partial(attention_phases, phases=Phases()),
-        "phases without Gluon": partial(attention_phases, phases=Phases(fed=False)),
     }
     if gluon_runs():
         from isobatch.kernels.attention.gluon_decode import Streamed, attention_streamed
 
+        decodes["phases without Gluon"] = partial(attention_phases, phases=Phases(fed=False))
         decodes["streamed"] = partial(attention_streamed, streamed=Streamed())
 
     def among(run: Any) -> Any:
@@ -262,7 +262,7 @@ def rings_run_on_from_item_to_item() -> None:
 
 def runs_of_blocks_are_handed_over() -> None:
     """The chain of the phases: contexts that end in and at each block of a run, and beyond the rings."""
-    ends = (1, 128, 129, 300, 384, 500, 512, 513, 1024, 1500, 1536, 1537, 2049)
+    ends = (1, 128, 129, 256, 300, 384, 500, 512, 513, 1024, 1500, 1536, 1537, 2049)
     for D, G in ((64, 1), (96, 5), (128, 4), (128, 16)):
         q, k, v = numbers(f"runs/{D}/{G}", 1, max(ends), G, 1, D, dtypes()[0])
         case = GpuAttentionCase(tuple((0, end - 1) for end in ends), q, k, v, fill=float("nan"))
@@ -324,10 +324,10 @@ def variant_kernels_are_refused() -> None:
 def _split_keys(q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float) -> torch.Tensor:
     """Keys in spans of 64, each summed alone, the sums then added: what a split by load makes of them."""
     out = torch.empty_like(q)
-    pages, begins = cache.k.shape[2], rows.begins
+    page, begins = cache.k.shape[2], rows.begins
     for r, n in enumerate(rows.queries):
         context = rows.contexts[r]
-        table = rows.block_tables[r, : -(-context // pages)].long()
+        table = rows.block_tables[r, : -(-context // page)].long()
         k, v = (t[table].transpose(0, 1).flatten(1, 2)[:, :context].float() for t in (cache.k, cache.v))
         own = q[begins[r] : begins[r] + n].float().transpose(0, 1)
         group = own.shape[0] // k.shape[0]

@@ -19,8 +19,8 @@ _patch_lang = interpreter._patch_lang
 
 
 def _dot(_builder: Any, a: Any, b: Any, d: Any, _precision: Any, _imprecise: Any) -> Any:
-    total = d.data.astype(np.float32)
-    left, right = a.data.astype(np.float32), b.data.astype(np.float32)
+    wide = np.float64 if d.data.dtype == np.float64 else np.float32
+    total, left, right = (t.data.astype(wide) for t in (d, a, b))
     with np.errstate(over="ignore", invalid="ignore"):
         for k in range(left.shape[-1]):
             total = total + left[..., :, k, None] * right[..., k, None, :]

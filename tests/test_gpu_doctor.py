@@ -92,7 +92,7 @@ def test_library_that_is_refused_is_told_and_no_failure(
     assert code == 0
     _, attention, products = report["checks"]
     sizes = len(attention["details"])
-    assert attention["summary"] == f"{sizes * 3 // 4} of {sizes} serve"
+    assert attention["summary"] == f"{sizes * 3 // 4} of {sizes} are members"
     few = [rows for rows in plans.BUCKETS if rows <= 8]
     assert [(name, rows) for _, name, rows in asked] == [
         *(("lt8.0", rows) for rows in few),

@@ -40,7 +40,7 @@ def _attention(progress: Progress) -> Check:
             verdict = certify_library(*_HEADS, head_size, dtype)
             admitted += verdict.member
             details.append(f"head size {head_size}, {dtype}: {verdict}")
-    return Check("cuDNN", f"{admitted} of {len(details)} serve", (), tuple(details))
+    return Check("cuDNN", f"{admitted} of {len(details)} are members", (), tuple(details))
 
 
 def _products(progress: Progress) -> Check:

@@ -8,8 +8,9 @@ values, several blocks ahead; four are left with the rescaling and the tensor co
 pass barriers in is not hidden behind the products but comes on top of them, so blocks are handed over four at
 a time.
 
-The order is that of `_weights_kernel` and `_chain_kernel`, instruction by instruction. Triton's interpreter
-does not know Gluon, so they are the text that runs on the CPU, and serve wherever this kernel can't.
+The order is that of `_weights_kernel` and `_chain_kernel` in `triton_phases.py`, instruction by instruction.
+Triton's interpreter does not know Gluon, so they are the text that runs on the CPU, and serve wherever this
+kernel can't.
 """
 
 from __future__ import annotations

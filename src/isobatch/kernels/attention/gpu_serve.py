@@ -5,15 +5,18 @@ It was fitted on one H200: 32 heads over 8, head size 128, bf16.
 
 Decode, by programs = requests x key/value heads:
 - few programs and long contexts: the three phases, which share one request's keys among programs;
-- otherwise streamed, where kernels in Gluon run, unless both programs and keys are few;
-- or else keys down the tile, up to two programs per multiprocessor, and sixteen rows beyond.
+- otherwise streamed, where kernels in Gluon run and heads have at most 128 numbers, unless both programs and
+  keys are few;
+- or else keys down the tile, for such heads and up to two programs per multiprocessor;
+- sixteen rows beyond, and always for groups of more than 16 heads.
 Chunks, by queries:
 - fed, where kernels in Gluon run and heads have 64 or 128 numbers: 64 queries or more of a fresh prompt,
   which is read where the step has it, or 256 after a prefix, which is gathered;
 - 512 queries or more after a prefix of no more than a third of them: the library, where it is certified, in
   batches of requests that are nearly as long;
 - 1,024 queries or more: keys copied out of their pages and read by the bulk copy engine;
-- otherwise tiles of 128 rows over the pages, or of 64 where that holds the whole chunk.
+- otherwise tiles of 128 rows over the pages, or of 64 where that holds the whole chunk or heads have more
+  than 128 numbers.
 """
 
 from __future__ import annotations

@@ -106,7 +106,8 @@ def attend_tile(
     The request has `queries` rows from row `begin` on, the last of them at position `context` - 1.
 
     SINGLE: requests have one query, and padded ones no keys. MEET: a tile may hold several queries, of which
-    some see keys that others do not. CARE: one of them may be NaN or infinite.
+    some see keys that others do not. CARE: a value is known to be NaN
+    or infinite, so the tile is begun with care.
     """
     r = tl.arange(0, ROWS)
     if PACKED:

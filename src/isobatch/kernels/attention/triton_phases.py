@@ -114,7 +114,7 @@ def _weights_kernel(
     G: tl.constexpr, HEADS: tl.constexpr, RUN: tl.constexpr, LOOK: tl.constexpr,
 ):  # fmt: skip
     """Axes: run of blocks, key/value head, request. weights [.., B, G, 128], alphas [.., B, HEADS],
-    sums [.., 4]; HEADS pads G for the compiler, not for the tensor core."""
+    sums [.., B, HEADS, 4]; HEADS pads G for the compiler, not for the tensor core."""
     inputs_ready()
     next_may_begin()
     group, item = tl.program_id(1), tl.program_id(2)

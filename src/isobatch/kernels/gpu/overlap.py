@@ -51,8 +51,9 @@ def inputs_ready():
 def next_may_begin():
     """Lets the next kernel take its places, once every program has come here or has ended.
 
-    Small kernels say so at once. Those that fill the GPU say so when their loads are done: a successor placed
-    any sooner gets the places that happen to be free, and is spread unevenly for all its time.
+    Small kernels, and the phases of decode, say so at once. Others that fill the GPU say so when their loads
+    are done: a successor placed any sooner gets the places that happen to be free, and is spread unevenly for
+    all its time.
     """
     if not _PLAIN and tl.target_info.cuda_capability_geq(9, 0):
         gdc_launch_dependents()
