@@ -94,7 +94,7 @@ def _scored(counts, known, g, blocks):
     A look at 32 counts at once is one trip to the second-level cache, and mostly serves later runs, too.
     """
     runs = gl.cdiv(blocks, RUN)
-    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [4], [0]))
     while known <= g:
         run = known + lane
         there = acquired(counts + gl.minimum(run, runs - 1))
@@ -109,47 +109,48 @@ def _weigh(
     scores, maxima, counts, rings, ready, free, blocks,
     G: gl.constexpr, HEADS: gl.constexpr, RUNS: gl.constexpr, WHO: gl.constexpr,
 ):  # fmt: skip
-    """Makes the weights of one block of every other run, and what rescales it, as `_weights_kernel` does."""
+    """Makes the weights of every other run, and what rescales them, as `_weights_kernel` does.
+
+    A warp takes a block. All four run the same text, which eight others would not leave in the cache.
+    """
     _, weights_ring, alphas_ring, sums_ring = rings
     # A thread has all keys of one lane for one head, so that the lane's chain is in its registers.
     chains: gl.constexpr = gl.DistributedLinearLayout(
         reg_bases=[[1, 0], [8, 0], [16, 0], [32, 0], [64, 0]] + ([[0, 8]] if HEADS == 16 else []),
         lane_bases=[[2, 0], [4, 0], [0, 1], [0, 2], [0, 4]],
-        warp_bases=[],
+        warp_bases=[[0, HEADS], [0, 2 * HEADS]],
         block_bases=[],
-        shape=[128, HEADS],
+        shape=[128, RUN * HEADS],
     )
     j = gl.arange(0, SPAN, layout=gl.SliceLayout(1, chains))
-    h = gl.arange(0, HEADS, layout=gl.SliceLayout(0, chains))
+    column = gl.arange(0, RUN * HEADS, layout=gl.SliceLayout(0, chains))
     # A head beyond the group's is any other one: its column of the sums goes nowhere.
-    mine, last = gl.minimum(h, G - 1), blocks - 1
-    place = (j * G)[:, None] + mine[None, :]
-    m = gl.full([HEADS], float("-inf"), gl.float32, layout=gl.SliceLayout(0, chains))
-    PLACE: gl.constexpr = WHO % RUN
+    block, h = column // HEADS, gl.minimum(column % HEADS, G - 1)
+    last = blocks - 1
+    m = gl.full([RUN * HEADS], float("-inf"), gl.float32, layout=gl.SliceLayout(0, chains))
     known = 0
-    for g in range(WHO // RUN, gl.cdiv(blocks, RUN), 2):
+    for g in range(WHO, gl.cdiv(blocks, RUN), 2):
         first, s = g * RUN, g % RUNS
-        n = gl.minimum(first + PLACE, last)
         known = _scored(counts, known, g, blocks)
-        x = gl.load(scores + n * (SPAN * G) + place)
-        # The run before is another warp's; of it only the maxima count here.
+        n = gl.minimum(first + block, last)
+        x = gl.load(scores + (n * (SPAN * G) + h)[None, :] + (j * G)[:, None])
+        # The run before is another's; of it only the maxima count here.
         for i in gl.static_range(RUN):
-            top = gl.load(maxima + gl.maximum(first - RUN + i, 0) * G + mine)
-            m = gl.maximum(m, gl.where(first > 0, top, float("-inf")))
+            before = gl.load(maxima + gl.maximum(first - RUN + i, 0) * G + h)
+            m = gl.maximum(m, gl.where(first > 0, before, float("-inf")))
         before, top = m, m
         for i in gl.static_range(RUN):
-            m = gl.maximum(m, gl.load(maxima + gl.minimum(first + i, last) * G + mine))
-            if i + 1 == PLACE:
-                before = m
-            if i == PLACE:
-                top = m
+            maximum = gl.load(maxima + gl.minimum(first + i, last) * G + h)
+            before = gl.where(i < block, gl.maximum(before, maximum), before)
+            top = gl.where(i <= block, gl.maximum(top, maximum), top)
+            m = gl.maximum(m, maximum)
         p = ex2(sub(x, gl.expand_dims(top, 0)))
         alpha = ex2(sub(before, top))
-        t = lane_sums_down(p, HEADS)
+        t = lane_sums_down(p, RUN * HEADS)
         mbarrier.wait(free.index(s), (g // RUNS + 1) & 1)
-        weights_ring.index(s * RUN + PLACE).permute((1, 0)).store(p.to(weights_ring.dtype))
-        alphas_ring.index(s).slice(PLACE * HEADS, HEADS).store(alpha)
-        sums_ring.index(s).slice(PLACE * HEADS, HEADS).store(t)
+        weights_ring.index(s).permute((1, 0)).store(p.to(weights_ring.dtype))
+        alphas_ring.index(s).store(alpha)
+        sums_ring.index(s).store(t)
         fence_async_shared()
         barrier()
         mbarrier.arrive(ready.index(s))
@@ -162,6 +163,12 @@ def _scales(rings, s, i: gl.constexpr, HEADS: gl.constexpr, of_acc: gl.constexpr
     alphas = alphas_ring.index(s).slice(i * HEADS, HEADS)
     sums = sums_ring.index(s).slice(i * HEADS, HEADS)
     return alphas.load(of_acc), alphas.load(gl.SliceLayout(1, by_lane)), sums.load(by_lane)
+
+
+@gluon.jit
+def _weights(rings, s, i: gl.constexpr, HEADS: gl.constexpr):
+    """Of block i of a run."""
+    return rings[1].index(s).slice(i * HEADS, HEADS)
 
 
 @gluon.jit
@@ -185,7 +192,7 @@ def _consume(
     )
     by_lane: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0])
     of_acc: gl.constexpr = gl.SliceLayout(0, across)
-    values_ring, weights_ring, _, _ = rings
+    values_ring = rings[0]
     acc = gl.zeros([COLUMNS, HEADS], gl.float32, layout=across)
     lanes = gl.zeros([HEADS, 4], gl.float32, layout=by_lane)
     whole = context // SPAN
@@ -202,7 +209,7 @@ def _consume(
             )
             for i in gl.static_range(RUN):
                 at = s * RUN + i
-                acc, lanes = _step(acc, lanes, scales[i], values_ring.index(at), weights_ring.index(at))
+                acc, lanes = _step(acc, lanes, scales[i], values_ring.index(at), _weights(rings, s, i, HEADS))
         else:
             for i in gl.static_range(RUN):
                 n, at = g * RUN + i, s * RUN + i
@@ -210,7 +217,7 @@ def _consume(
                     clear_slots(values_ring.index(at), context - whole * SPAN)
                 if n < blocks:
                     last = _scales(rings, s, i, HEADS, of_acc, by_lane)
-                    acc, lanes = _step(acc, lanes, last, values_ring.index(at), weights_ring.index(at))
+                    acc, lanes = _step(acc, lanes, last, values_ring.index(at), _weights(rings, s, i, HEADS))
         barrier()
         mbarrier.arrive(free.index(s))
     gdc_wait()  # the scores are there: this is so that who waits for this kernel waits for all before it
@@ -251,14 +258,14 @@ def _chain_kernel(
     square: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
     rings = (
         gl.allocate_shared_memory(v.dtype, [RUNS * RUN, SPAN, COLUMNS], v.layout),
-        gl.allocate_shared_memory(v.dtype, [RUNS * RUN, HEADS, SPAN], tile),
+        gl.allocate_shared_memory(v.dtype, [RUNS, RUN * HEADS, SPAN], tile),
         gl.allocate_shared_memory(gl.float32, [RUNS, RUN * HEADS], flat),
         gl.allocate_shared_memory(gl.float32, [RUNS, RUN * HEADS, 4], square),
     )
     ready = gl.allocate_shared_memory(gl.int64, [RUNS, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [RUNS, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(RUNS):
-        mbarrier.init(ready.index(s), count=8)  # four producers, and four of the weighers
+        mbarrier.init(ready.index(s), count=5)  # four producers, and who makes the weights
         mbarrier.init(free.index(s), count=1)
     fence_async_shared()
     place = (table, kv_heads, group, column, blocks, last_page)
@@ -275,15 +282,9 @@ def _chain_kernel(
             (_produce, (v, rings[0], ready, free, place, RUNS, 3)),
             (_weigh, (scores, maxima, counts, rings, ready, free, blocks, G, HEADS, RUNS, 0)),
             (_weigh, (scores, maxima, counts, rings, ready, free, blocks, G, HEADS, RUNS, 1)),
-            (_weigh, (scores, maxima, counts, rings, ready, free, blocks, G, HEADS, RUNS, 2)),
-            (_weigh, (scores, maxima, counts, rings, ready, free, blocks, G, HEADS, RUNS, 3)),
-            (_weigh, (scores, maxima, counts, rings, ready, free, blocks, G, HEADS, RUNS, 4)),
-            (_weigh, (scores, maxima, counts, rings, ready, free, blocks, G, HEADS, RUNS, 5)),
-            (_weigh, (scores, maxima, counts, rings, ready, free, blocks, G, HEADS, RUNS, 6)),
-            (_weigh, (scores, maxima, counts, rings, ready, free, blocks, G, HEADS, RUNS, 7)),
         ],
-        [1] * 12,
-        [40] * 4 + [128] * 8,
+        [1, 1, 1, 1, 4, 4],
+        [40, 40, 40, 40, 128, 128],
     )
 
 
