@@ -29,7 +29,7 @@ from isobatch.kernels.attention.gpu_serve import batches
 from isobatch.kernels.attention.padded import into_batch, out_of_batch, planned
 from isobatch.kernels.attention.triton import Tile, attention_row, attention_tiled
 from isobatch.kernels.attention.triton_decode import Down, attention_down
-from isobatch.kernels.attention.triton_phases import Phases, attention_phases
+from isobatch.kernels.attention.triton_phases import attention_phases
 from isobatch.kernels.attention.triton_write import write_kv
 from isobatch.kernels.bitclass import certify
 from isobatch.kernels.gpu.device import INTERPRETED, device, dtypes, gluon_runs
@@ -40,7 +40,7 @@ from tests import interpreter
 ROWS = (9,)
 MEMBERS = ATTENTION_GPU.members
 VARIANT = ATTENTION_GPU.variants[0]
-_PHASES = Member("phases", partial(attention_phases, phases=Phases()), GPU_ATTENTION)
+_PHASES = Member("phases", attention_phases, GPU_ATTENTION)
 
 
 def members_agree() -> None:
@@ -124,12 +124,12 @@ def requests_without_queries_are_inert() -> None:
     decodes: dict[str, Any] = {
         "tiles": partial(attention_tiled, tile=Tile(16, 1, 1, packed=True)),
         "down": partial(attention_down, down=Down(1, 1)),
-        "phases": partial(attention_phases, phases=Phases()),
+        "phases": attention_phases,
     }
     if gluon_runs():
         from isobatch.kernels.attention.gluon_decode import Streamed, attention_streamed
 
-        decodes["phases without Gluon"] = partial(attention_phases, phases=Phases(fed=False))
+        decodes["phases without Gluon"] = partial(attention_phases, fed=False)
         decodes["streamed"] = partial(attention_streamed, streamed=Streamed())
 
     def among(run: Any) -> Any:
@@ -283,6 +283,7 @@ def scores_that_come_late_are_waited_for() -> None:
         q, k, v = (torch.randn(s, generator=random_, device=device()).to(dtypes()[0]) for s in shapes)
         case = GpuAttentionCase(tuple((r, end - 1) for r, end in enumerate(ends)), q, k, v)
         expected = case.call(MEMBERS[0])[0]
+        assert not bits_equal(_nobody_waits(case), expected), (D, G)
         for places in (12, 40, 132):
             with patch.object(triton_phases, "multiprocessors", lambda places=places: places):
                 run = case.prepare(_PHASES)
@@ -296,6 +297,23 @@ def scores_that_come_late_are_waited_for() -> None:
                     got.zero_()
                 graph.replay()
                 assert all(bits_equal(got, expected) for got in layers), (D, G, places)
+
+
+def _nobody_waits(case: GpuAttentionCase) -> torch.Tensor:
+    """What comes out where all scores are counted beforehand: if the control is right, not theirs."""
+
+    def counted(_rows: GpuPagedRows, *shape: int) -> torch.Tensor:
+        return torch.full(shape, triton_phases.RUN, dtype=torch.int32, device=device())
+
+    def poisoned(*shape: int, plain: Any = torch.empty, **options: Any) -> torch.Tensor:
+        return plain(*shape, **options).fill_(float("nan"))  # type: ignore[no-any-return]
+
+    with (
+        patch.object(triton_phases, "_counts", counted),
+        patch.object(triton_phases, "multiprocessors", lambda: 12),
+        patch.object(torch, "empty", poisoned),
+    ):
+        return case.call(_PHASES)[0]
 
 
 def lengths_that_are_planned_are_few() -> None:

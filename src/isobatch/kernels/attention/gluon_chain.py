@@ -2,11 +2,10 @@
 
 The chain's length is what a long context at small batch costs: one step per block of 128 keys, none of which
 may begin before the one before has ended. So it begins while scores are still being taken: the first phase's
-kernel runs on the multiprocessors that this one leaves, lets it begin at once, and counts the blocks that are
-there. Eight warps make weights of scores as they come; four look pages up and have the bulk copy engine fetch
-values, several blocks ahead; four are left with the rescaling and the tensor core's own steps. What these
-pass barriers in is not hidden behind the products but comes on top of them, so blocks are handed over four at
-a time.
+kernel lets it begin at once, and counts the blocks that are there. Twice four warps make weights of scores as
+they come; four look pages up and have the bulk copy engine fetch values, several blocks ahead; four are left
+with the rescaling and the tensor core's own steps. What these pass barriers in is not hidden behind the
+products but comes on top of them, so blocks are handed over four at a time, a run.
 
 The order is that of `_weights_kernel` and `_chain_kernel` in `triton_phases.py`, instruction by instruction.
 Triton's interpreter does not know Gluon, so they are the text that runs on the CPU, and serve wherever this
@@ -91,7 +90,8 @@ def _produce(v, values_ring, ready, free, place, RUNS: gl.constexpr, PAIR: gl.co
 def _scored(counts, known, g, blocks):
     """Waits for the scores of run g; returns how many runs from the first one on are known to be there.
 
-    A look at 32 counts at once is one trip to the second-level cache, and mostly serves later runs, too.
+    A look at 32 counts at once is one trip to the second-level cache, and mostly serves later runs, too. Each
+    warp looks for itself.
     """
     runs = gl.cdiv(blocks, RUN)
     lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [4], [0]))
@@ -111,7 +111,7 @@ def _weigh(
 ):  # fmt: skip
     """Makes the weights of every other run, and what rescales them, as `_weights_kernel` does.
 
-    A warp takes a block. All four run the same text, which eight others would not leave in the cache.
+    A warp takes a block. All four are one partition and run one text: eight of their own were slower.
     """
     _, weights_ring, alphas_ring, sums_ring = rings
     # A thread has all keys of one lane for one head, so that the lane's chain is in its registers.

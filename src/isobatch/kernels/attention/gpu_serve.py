@@ -33,7 +33,7 @@ from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows, cut
 from isobatch.kernels.attention.padded import planned
 from isobatch.kernels.attention.triton import Tile, attention_contiguous, attention_listed, attention_tiled
 from isobatch.kernels.attention.triton_decode import Down, attention_down
-from isobatch.kernels.attention.triton_phases import Phases, attention_phases
+from isobatch.kernels.attention.triton_phases import attention_phases
 from isobatch.kernels.gpu.device import gluon_runs, multiprocessors
 from isobatch.kernels.layout import StepKeys, TiledRows
 
@@ -195,8 +195,7 @@ class Attention:
         context = max(rows.contexts[r] for r in chosen)
         member = self.decode_member(len(chosen), kv_heads, q.shape[1] // kv_heads, D, context)
         if member == "phases":
-            phases = Phases(fed=self._gluon(D))
-            attention_phases(q, cache, rows, scale, phases=phases, chosen=chosen, out=out)
+            attention_phases(q, cache, rows, scale, fed=self._gluon(D), chosen=chosen, out=out)
         elif member == "streamed":
             from isobatch.kernels.attention.gluon_decode import Streamed, attention_streamed
 
