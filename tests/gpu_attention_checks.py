@@ -300,7 +300,10 @@ def scores_that_come_late_are_waited_for() -> None:
 
 
 def _nobody_waits(case: GpuAttentionCase) -> torch.Tensor:
-    """What comes out where all scores are counted beforehand: if the control is right, not theirs."""
+    """The control: what comes out where all scores are counted beforehand, which at first are NaN.
+
+    Recorded, because launched one by one the scores are there before the chain is.
+    """
 
     def counted(_rows: GpuPagedRows, *shape: int) -> torch.Tensor:
         return torch.full(shape, triton_phases.RUN, dtype=torch.int32, device=device())
@@ -313,7 +316,13 @@ def _nobody_waits(case: GpuAttentionCase) -> torch.Tensor:
         patch.object(triton_phases, "multiprocessors", lambda: 12),
         patch.object(torch, "empty", poisoned),
     ):
-        return case.call(_PHASES)[0]
+        run = case.prepare(_PHASES)
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run()[0]
+        graph.replay()
+    return out
 
 
 def lengths_that_are_planned_are_few() -> None:

@@ -45,8 +45,8 @@ _LIBRARY_QUERIES = 512
 _GATHER_QUERIES = 1024
 _PAIRS_PER_KEY = 750  # of queries and keys that are computed in the time that a prompt alone loses, per key
 _LAUNCH_KEYS = 400  # what its launch costs, likewise
-_PHASES_PROGRAMS = 32
-_PHASES_KEYS = 96  # per program, from which on three launches are worth it
+_PHASES_PROGRAMS = 48
+_PHASES_CONTEXT = 512  # and at least the square of the programs
 _STREAMED_CONTEXT = 1024
 
 Decode = Literal["tiles", "down", "streamed", "phases"]
@@ -179,7 +179,7 @@ class Attention:
         programs, gluon = requests * kv_heads, self._gluon(head_size)
         if self.decode is not None:
             return "down" if self.decode == "streamed" and not gluon else self.decode
-        if programs <= _PHASES_PROGRAMS and context >= _PHASES_KEYS * programs:
+        if programs <= _PHASES_PROGRAMS and context >= max(_PHASES_CONTEXT, programs**2):
             return "phases"
         if gluon and (programs > multiprocessors() or context >= _STREAMED_CONTEXT):
             return "streamed"
