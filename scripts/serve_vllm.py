@@ -27,7 +27,6 @@ from isobatch.models.presets import preset
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # as ours: engine and caller are one process
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # FlashInfer is optional, and greedy decoding does without
 }
 """Unless the caller's environment says otherwise."""

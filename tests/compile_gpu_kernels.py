@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction
 from isobatch.kernels.gpu import device as gpu
 
 _TOUCHES = re.compile(r"\b(?:ld\.global|st\.global|ld\.relaxed|atom|red\.|cp\.async(?!\.bulk\.prefetch))")
+_WRITES = re.compile(r"\b(?:st\.global|atom|red\.)")
 _SHARED_BYTES = 232_448  # what one program may have on compute capability 9.0
 
 
@@ -62,8 +63,12 @@ def _compile_only() -> list[Any]:
 def touches_too_early(ptx: str) -> bool:
     """Whether the code of a kernel that is launched early reads or writes memory before it waits.
 
-    Asking the second-level cache for weights, which no kernel writes, is neither.
+    Asking the second-level cache for weights, which no kernel writes, is neither. A kernel that runs beside
+    the one before acquires its counts instead, and waits before it ends.
     """
+    if "ld.acquire.gpu" in ptx:
+        wait, writes = ptx.rfind("griddepcontrol.wait"), _WRITES.search(ptx)
+        return writes is not None and not 0 <= wait < writes.start()
     wait, touch = ptx.find("griddepcontrol.wait"), _TOUCHES.search(ptx)
     return touch is not None and not 0 <= wait < touch.start()
 

@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 
 from isobatch.bits import bits_equal
+from isobatch.kernels.attention import triton_phases
 from isobatch.kernels.attention.gather import gather
 from isobatch.kernels.attention.gpu_record import (
     ATTENTION_GPU,
@@ -28,7 +29,7 @@ from isobatch.kernels.attention.gpu_serve import batches
 from isobatch.kernels.attention.padded import into_batch, out_of_batch, planned
 from isobatch.kernels.attention.triton import Tile, attention_row, attention_tiled
 from isobatch.kernels.attention.triton_decode import Down, attention_down
-from isobatch.kernels.attention.triton_phases import Phases, attention_phases
+from isobatch.kernels.attention.triton_phases import attention_phases
 from isobatch.kernels.attention.triton_write import write_kv
 from isobatch.kernels.bitclass import certify
 from isobatch.kernels.gpu.device import INTERPRETED, device, dtypes, gluon_runs
@@ -39,6 +40,7 @@ from tests import interpreter
 ROWS = (9,)
 MEMBERS = ATTENTION_GPU.members
 VARIANT = ATTENTION_GPU.variants[0]
+_PHASES = Member("phases", attention_phases, GPU_ATTENTION)
 
 
 def members_agree() -> None:
@@ -121,12 +123,12 @@ def requests_without_queries_are_inert() -> None:
     decodes: dict[str, Any] = {
         "tiles": partial(attention_tiled, tile=Tile(16, 1, 1, packed=True)),
         "down": partial(attention_down, down=Down(1, 1)),
-        "phases": partial(attention_phases, phases=Phases()),
+        "phases": attention_phases,
     }
     if gluon_runs():
         from isobatch.kernels.attention.gluon_decode import Streamed, attention_streamed
 
-        decodes["phases without Gluon"] = partial(attention_phases, phases=Phases(fed=False))
+        decodes["phases without Gluon"] = partial(attention_phases, fed=False)
         decodes["streamed"] = partial(attention_streamed, streamed=Streamed())
 
     def among(run: Any) -> Any:
@@ -263,10 +265,63 @@ def runs_of_blocks_are_handed_over() -> None:
     for D, G in ((64, 1), (96, 5), (128, 4), (128, 16)):
         q, k, v = numbers(f"runs/{D}/{G}", 1, max(ends), G, 1, D, dtypes()[0])
         case = GpuAttentionCase(tuple((0, end - 1) for end in ends), q, k, v, fill=float("nan"))
-        member = Member("phases", partial(attention_phases, phases=Phases()), GPU_ATTENTION)
         for row in range(len(ends)):
             alone = case.take([row])
-            assert bits_equal(alone.call(member)[0], alone.call(MEMBERS[0])[0]), (D, G, ends[row])
+            expected = alone.call(MEMBERS[0])[0]
+            for places in (3, 20, 132):
+                with patch.object(triton_phases, "multiprocessors", lambda places=places: places):
+                    assert bits_equal(alone.call(_PHASES)[0], expected), (D, G, ends[row], places)
+
+
+def scores_that_come_late_are_waited_for() -> None:
+    """Many runs, unequal requests, layers that share their counts, and a recording that is replayed."""
+    ends = (16_384, 40_000, 16_385, 1, 5000)
+    for D, G in ((128, 4), (128, 16), (64, 2)):
+        random_ = torch.Generator(device()).manual_seed(D + G)
+        shapes = ((len(ends), max(ends), heads, D) for heads in (2 * G, 2, 2))
+        q, k, v = (torch.randn(s, generator=random_, device=device()).to(dtypes()[0]) for s in shapes)
+        case = GpuAttentionCase(tuple((r, end - 1) for r, end in enumerate(ends)), q, k, v)
+        expected = case.call(MEMBERS[0])[0]
+        assert not bits_equal(_nobody_waits(case), expected), (D, G)
+        for places in (12, 40, 132):
+            with patch.object(triton_phases, "multiprocessors", lambda places=places: places):
+                run = case.prepare(_PHASES)
+                for _layer in range(3):
+                    assert bits_equal(run()[0], expected), (D, G, places)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    layers = [run()[0] for _ in range(3)]
+            for _ in range(100):
+                for got in layers:
+                    got.zero_()
+                graph.replay()
+                assert all(bits_equal(got, expected) for got in layers), (D, G, places)
+
+
+def _nobody_waits(case: GpuAttentionCase) -> torch.Tensor:
+    """The control: what comes out where all scores are counted beforehand, which at first are NaN.
+
+    Recorded, because launched one by one the scores are there before the chain is.
+    """
+
+    def counted(_rows: GpuPagedRows, *shape: int) -> torch.Tensor:
+        return torch.full(shape, triton_phases.RUN, dtype=torch.int32, device=device())
+
+    def poisoned(*shape: int, plain: Any = torch.empty, **options: Any) -> torch.Tensor:
+        return plain(*shape, **options).fill_(float("nan"))  # type: ignore[no-any-return]
+
+    with (
+        patch.object(triton_phases, "_counts", counted),
+        patch.object(triton_phases, "multiprocessors", lambda: 12),
+        patch.object(torch, "empty", poisoned),
+    ):
+        run = case.prepare(_PHASES)
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run()[0]
+        graph.replay()
+    return out
 
 
 def lengths_that_are_planned_are_few() -> None:

@@ -50,7 +50,11 @@ CHECKS = (
 
 
 # Of kernels in Gluon, which Triton's interpreter does not know.
-IN_GLUON = ("rings_run_on_from_item_to_item", "runs_of_blocks_are_handed_over")
+IN_GLUON = (
+    "rings_run_on_from_item_to_item",
+    "runs_of_blocks_are_handed_over",
+    "scores_that_come_late_are_waited_for",
+)
 
 
 _ON_HOPPER = pytest.mark.skipif(not gluon_runs(), reason="no Hopper GPU")

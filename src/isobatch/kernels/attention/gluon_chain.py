@@ -1,13 +1,15 @@
-"""The chain of `triton_phases.py` on Hopper, with its loads in warps of their own.
+"""The second and third phase of `triton_phases.py` on Hopper, at the same time as the first.
 
 The chain's length is what a long context at small batch costs: one step per block of 128 keys, none of which
-may begin before the one before has ended. Four producer warps look pages up and have the bulk copy engine
-fetch values and weights, several blocks ahead; four consumer warps are left with the rescaling and the tensor
-core's own steps. What they pass barriers in is not hidden behind the products but comes on top of them, so
-blocks are handed over four at a time.
+may begin before the one before has ended. So it begins while scores are still being taken: the first phase's
+kernel lets it begin at once, and counts the blocks that are there. Twice four warps make weights of scores as
+they come; four look pages up and have the bulk copy engine fetch values, several blocks ahead; four are left
+with the rescaling and the tensor core's own steps. What these pass barriers in is not hidden behind the
+products but comes on top of them, so blocks are handed over four at a time, a run.
 
-The order is that of `_chain_kernel` in `triton_phases.py`, instruction by instruction. Triton's interpreter
-does not know Gluon, so that one is the text that runs on the CPU, and serves wherever this kernel can't.
+The order is that of `_weights_kernel` and `_chain_kernel` in `triton_phases.py`, instruction by instruction.
+Triton's interpreter does not know Gluon, so they are the text that runs on the CPU, and serve wherever this
+kernel can't.
 """
 
 from __future__ import annotations
@@ -23,90 +25,135 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from isobatch.kernels.attention import triton_phases
 from isobatch.kernels.attention.gluon_steps import (
     COLUMNS,
     PAGE,
     SPAN,
     barrier,
-    bulk_copy,
     clear_slots,
     fetch_pair,
+    layout,
     padded_heads,
     pair_of_pages,
     rows_of,
 )
-from isobatch.kernels.attention.triton_steps import row_total
+from isobatch.kernels.attention.triton_steps import lane_sums_down, row_total
 from isobatch.kernels.gpu.overlap import early
-from isobatch.kernels.gpu.ptx import fma
+from isobatch.kernels.gpu.ptx import acquired, ex2, fma, sub
 
-RUN = gl.constexpr(4)  # blocks that are handed over together; look-ups and scales spell four out
+RUN = gl.constexpr(triton_phases.RUN)  # four: look-ups and scales spell them out
 
 
 @gluon.jit
-def _look_up(sources, place, g, PADDED: gl.constexpr, HEADS: gl.constexpr, PAIR: gl.constexpr):
-    """What a producer must know of a run of blocks: its pages, and the last one what rescales them."""
-    _, _, alphas, sums = sources
-    table, _, _, _, _, blocks, last_page = place
+def _look_up(place, g, PAIR: gl.constexpr):
+    """A producer's pages of a run of blocks."""
+    table, _, _, _, _, last_page = place
     n = g * RUN
-    pages = (
+    return (
         pair_of_pages(table, n, last_page, PAIR),
         pair_of_pages(table, n + 1, last_page, PAIR),
         pair_of_pages(table, n + 2, last_page, PAIR),
         pair_of_pages(table, n + 3, last_page, PAIR),
     )
-    rows: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [1, 1], [1, 0])
-    i = gl.arange(0, RUN * HEADS, layout=gl.SliceLayout(1, rows))
-    at = gl.minimum(n + i // HEADS, blocks - 1) * PADDED + i % PADDED
-    lane = gl.arange(0, 4, layout=gl.SliceLayout(0, rows))
-    # The other three make no use of it, and so the compiler leaves it out.
-    scales = (gl.load(alphas + at), gl.load(sums + at[:, None] * 4 + lane[None, :]))
-    return pages, scales
 
 
 @gluon.jit
-def _refill(
-    sources, rings, ready, free, place, g, known, G: gl.constexpr, RUNS: gl.constexpr, PAIR: gl.constexpr
-):
+def _refill(v, values_ring, ready, free, place, g, pages, RUNS: gl.constexpr, PAIR: gl.constexpr):
     """Has a run of blocks copied; after the last block there may be copies of anything."""
-    v, weights, _, _ = sources
-    values_ring, weights_ring, alphas_ring, sums_ring = rings
-    _, kv_heads, group, column, first_row, _, _ = place
-    pages, scales = known
+    _, kv_heads, group, column, _, _ = place
     s = g % RUNS
     mbarrier.wait(free.index(s), (g // RUNS + 1) & 1)
-    if PAIR == 3:
-        alphas_ring.index(s).store(scales[0])
-        sums_ring.index(s).store(scales[1])
-        barrier()
-    size: gl.constexpr = v.block_type.nbytes * 2 + (weights.block_type.nbytes if PAIR == 0 else 0)
+    size: gl.constexpr = v.block_type.nbytes * 2
     mbarrier.expect(ready.index(s), size * RUN)
     for i in gl.static_range(RUN):
-        to = s * RUN + i
-        if PAIR == 0:
-            at = [first_row + (g * RUN + i) * G, 0]
-            bulk_copy(weights, at, ready.index(s), weights_ring.index(to))
-        fetch_pair(v, values_ring.index(to), ready.index(s), pages[i], kv_heads, group, column, PAIR)
+        to = values_ring.index(s * RUN + i)
+        fetch_pair(v, to, ready.index(s), pages[i], kv_heads, group, column, PAIR)
 
 
 @gluon.jit
-def _produce(
-    sources, rings, ready, free, place,
-    G: gl.constexpr, PADDED: gl.constexpr, HEADS: gl.constexpr, RUNS: gl.constexpr, PAIR: gl.constexpr,
-):  # fmt: skip
-    """Fetches two of each block's pages; the first of four warps its weights, the last what rescales it.
-
-    Fewer warps can't issue all copies in the time that the consumers take.
-    """
-    _, _, _, _, _, blocks, _ = place
+def _produce(v, values_ring, ready, free, place, RUNS: gl.constexpr, PAIR: gl.constexpr):
+    """Fetches two of each block's pages. Fewer than four warps can't issue all copies in time."""
+    _, _, _, _, blocks, _ = place
     runs = gl.cdiv(blocks, RUN)
     # Two names in turn: a register that is copied is waited for, and the look-up would be ahead of nothing.
-    even = _look_up(sources, place, 0, PADDED, HEADS, PAIR)
+    even = _look_up(place, 0, PAIR)
     for g in range(0, runs, 2):
-        odd = _look_up(sources, place, g + 1, PADDED, HEADS, PAIR)
-        _refill(sources, rings, ready, free, place, g, even, G, RUNS, PAIR)
-        even = _look_up(sources, place, g + 2, PADDED, HEADS, PAIR)
+        odd = _look_up(place, g + 1, PAIR)
+        _refill(v, values_ring, ready, free, place, g, even, RUNS, PAIR)
+        even = _look_up(place, g + 2, PAIR)
         if g + 1 < runs:
-            _refill(sources, rings, ready, free, place, g + 1, odd, G, RUNS, PAIR)
+            _refill(v, values_ring, ready, free, place, g + 1, odd, RUNS, PAIR)
+
+
+@gluon.jit
+def _scored(counts, known, g, blocks):
+    """Waits for the scores of run g; returns how many runs from the first one on are known to be there.
+
+    A look at 32 counts at once is one trip to the second-level cache, and mostly serves later runs, too. Each
+    warp looks for itself.
+    """
+    runs = gl.cdiv(blocks, RUN)
+    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    while known <= g:
+        run = known + lane
+        there = acquired(counts + gl.minimum(run, runs - 1))
+        missing = (run < runs) & (there < gl.minimum(blocks - run * RUN, RUN))
+        known += gl.min(gl.where(missing, lane, 32), 0)
+    barrier()  # what one thread has acquired all may read
+    return known
+
+
+@gluon.jit
+def _weigh(
+    scores, maxima, counts, rings, ready, free, blocks,
+    G: gl.constexpr, HEADS: gl.constexpr, RUNS: gl.constexpr, WHO: gl.constexpr,
+):  # fmt: skip
+    """Makes the weights of every other run, and what rescales them, as `_weights_kernel` does.
+
+    A warp takes a block. All four are one partition and run one text: eight of their own were slower.
+    """
+    _, weights_ring, alphas_ring, sums_ring = rings
+    # A thread has all keys of one lane for one head, so that the lane's chain is in its registers.
+    chains: gl.constexpr = gl.DistributedLinearLayout(
+        reg_bases=[[1, 0], [8, 0], [16, 0], [32, 0], [64, 0]] + ([[0, 8]] if HEADS == 16 else []),
+        lane_bases=[[2, 0], [4, 0], [0, 1], [0, 2], [0, 4]],
+        warp_bases=[[0, HEADS], [0, 2 * HEADS]],
+        block_bases=[],
+        shape=[128, RUN * HEADS],
+    )
+    j = gl.arange(0, SPAN, layout=gl.SliceLayout(1, chains))
+    column = gl.arange(0, RUN * HEADS, layout=gl.SliceLayout(0, chains))
+    # A head beyond the group's is any other one: its column of the sums goes nowhere.
+    block, h = column // HEADS, gl.minimum(column % HEADS, G - 1)
+    last = blocks - 1
+    m = gl.full([RUN * HEADS], float("-inf"), gl.float32, layout=gl.SliceLayout(0, chains))
+    known = 0
+    for g in range(WHO, gl.cdiv(blocks, RUN), 2):
+        first, s = g * RUN, g % RUNS
+        known = _scored(counts, known, g, blocks)
+        n = gl.minimum(first + block, last)
+        x = gl.load(scores + (n * (SPAN * G) + h)[None, :] + (j * G)[:, None])
+        # The run before is another's; of it only the maxima count here.
+        for i in gl.static_range(RUN):
+            before = gl.load(maxima + gl.maximum(first - RUN + i, 0) * G + h)
+            m = gl.maximum(m, gl.where(first > 0, before, float("-inf")))
+        before, top = m, m
+        for i in gl.static_range(RUN):
+            maximum = gl.load(maxima + gl.minimum(first + i, last) * G + h)
+            before = gl.where(i < block, gl.maximum(before, maximum), before)
+            top = gl.where(i <= block, gl.maximum(top, maximum), top)
+            m = gl.maximum(m, maximum)
+        p = ex2(sub(x, gl.expand_dims(top, 0)))
+        alpha = ex2(sub(before, top))
+        t = lane_sums_down(p, RUN * HEADS)
+        mbarrier.wait(free.index(s), (g // RUNS + 1) & 1)
+        weights_ring.index(s).permute((1, 0)).store(p.to(weights_ring.dtype))
+        alphas_ring.index(s).store(alpha)
+        sums_ring.index(s).store(t)
+        fence_async_shared()
+        barrier()
+        mbarrier.arrive(ready.index(s))
 
 
 @gluon.jit
@@ -116,6 +163,12 @@ def _scales(rings, s, i: gl.constexpr, HEADS: gl.constexpr, of_acc: gl.constexpr
     alphas = alphas_ring.index(s).slice(i * HEADS, HEADS)
     sums = sums_ring.index(s).slice(i * HEADS, HEADS)
     return alphas.load(of_acc), alphas.load(gl.SliceLayout(1, by_lane)), sums.load(by_lane)
+
+
+@gluon.jit
+def _weights(rings, s, i: gl.constexpr, HEADS: gl.constexpr):
+    """Of block i of a run."""
+    return rings[1].index(s).slice(i * HEADS, HEADS)
 
 
 @gluon.jit
@@ -130,7 +183,7 @@ def _step(acc, lanes, scales, values, weights):
 
 @gluon.jit
 def _consume(
-    rings, ready, free, out, blocks, context,
+    rings, ready, free, counts, out, blocks, context,
     G: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr, RUNS: gl.constexpr,
 ):  # fmt: skip
     """Out [G, D] of this request, group and slice."""
@@ -139,7 +192,7 @@ def _consume(
     )
     by_lane: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0])
     of_acc: gl.constexpr = gl.SliceLayout(0, across)
-    values_ring, weights_ring, _, _ = rings
+    values_ring = rings[0]
     acc = gl.zeros([COLUMNS, HEADS], gl.float32, layout=across)
     lanes = gl.zeros([HEADS, 4], gl.float32, layout=by_lane)
     whole = context // SPAN
@@ -156,7 +209,7 @@ def _consume(
             )
             for i in gl.static_range(RUN):
                 at = s * RUN + i
-                acc, lanes = _step(acc, lanes, scales[i], values_ring.index(at), weights_ring.index(at))
+                acc, lanes = _step(acc, lanes, scales[i], values_ring.index(at), _weights(rings, s, i, HEADS))
         else:
             for i in gl.static_range(RUN):
                 n, at = g * RUN + i, s * RUN + i
@@ -164,9 +217,15 @@ def _consume(
                     clear_slots(values_ring.index(at), context - whole * SPAN)
                 if n < blocks:
                     last = _scales(rings, s, i, HEADS, of_acc, by_lane)
-                    acc, lanes = _step(acc, lanes, last, values_ring.index(at), weights_ring.index(at))
+                    acc, lanes = _step(acc, lanes, last, values_ring.index(at), _weights(rings, s, i, HEADS))
         barrier()
         mbarrier.arrive(free.index(s))
+    gdc_wait()  # the scores are there: this is so that who waits for this kernel waits for all before it
+    gdc_launch_dependents()
+    # As they were found, for the next layer: nobody counts any more, and those who looked have handed over.
+    run = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    for first in range(0, gl.cdiv(blocks, RUN), 128):
+        gl.store(counts + first + run, gl.zeros_like(run), mask=first + run < gl.cdiv(blocks, RUN))
     total = gl.convert_layout(row_total(lanes, HEADS), of_acc)
     column = gl.arange(0, HEADS, layout=of_acc)
     d = gl.program_id(0) * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, across))
@@ -177,13 +236,11 @@ def _consume(
 
 @gluon.jit
 def _chain_kernel(
-    v, weights, alphas, sums, out, query_starts, context_lengths, block_tables, requests,
+    v, scores, maxima, counts, out, query_starts, context_lengths, block_tables, requests,
     out_row, table_row, most_blocks, kv_heads,
-    G: gl.constexpr, D: gl.constexpr, PADDED: gl.constexpr, HEADS: gl.constexpr, RUNS: gl.constexpr,
+    G: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr, RUNS: gl.constexpr, tile: gl.constexpr,
 ):  # fmt: skip
-    """Axes: slice of columns, key/value head, request. alphas [.., B, PADDED], sums [.., B, PADDED, 4]."""
-    gdc_wait()
-    gdc_launch_dependents()
+    """Axes: slice of columns, key/value head, request. Scores and maxima are read as their counts go up."""
     group, item = gl.program_id(1), gl.program_id(2)
     request = item
     if requests is not None:
@@ -191,47 +248,50 @@ def _chain_kernel(
     context = gl.load(context_lengths + request)
     row = gl.load(query_starts + request).to(gl.int64)
     if gl.load(query_starts + request + 1) <= row:
+        gdc_wait()
         return
     blocks = gl.cdiv(context, SPAN)
-    base = (item * kv_heads + group) * most_blocks
+    base = ((item * kv_heads + group) * most_blocks).to(gl.int64)
     table = block_tables + request.to(gl.int64) * table_row
     column, last_page = gl.program_id(0) * COLUMNS, gl.maximum(context - 1, 0) // PAGE
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     square: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
     rings = (
         gl.allocate_shared_memory(v.dtype, [RUNS * RUN, SPAN, COLUMNS], v.layout),
-        gl.allocate_shared_memory(v.dtype, [RUNS * RUN, HEADS, SPAN], weights.layout),
+        gl.allocate_shared_memory(v.dtype, [RUNS, RUN * HEADS, SPAN], tile),
         gl.allocate_shared_memory(gl.float32, [RUNS, RUN * HEADS], flat),
         gl.allocate_shared_memory(gl.float32, [RUNS, RUN * HEADS, 4], square),
     )
     ready = gl.allocate_shared_memory(gl.int64, [RUNS, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [RUNS, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(RUNS):
-        mbarrier.init(ready.index(s), count=4)
+        mbarrier.init(ready.index(s), count=5)  # four producers, and who makes the weights
         mbarrier.init(free.index(s), count=1)
     fence_async_shared()
-    sources = (
-        v, weights, alphas + base.to(gl.int64) * PADDED, sums + base.to(gl.int64) * (PADDED * 4)
-    )  # fmt: skip
-    place = (table, kv_heads, group, column, base * G, blocks, last_page)
+    place = (table, kv_heads, group, column, blocks, last_page)
+    scores += base * (SPAN * G)
+    maxima += base * G
+    counts += ((item * kv_heads + group) * gl.num_programs(0) + gl.program_id(0)) * gl.cdiv(most_blocks, RUN)
     to = out + row * out_row + group * (G * D)
     gl.warp_specialize(
         [
-            (_consume, (rings, ready, free, to, blocks, context, G, D, HEADS, RUNS)),
-            (_produce, (sources, rings, ready, free, place, G, PADDED, HEADS, RUNS, 0)),
-            (_produce, (sources, rings, ready, free, place, G, PADDED, HEADS, RUNS, 1)),
-            (_produce, (sources, rings, ready, free, place, G, PADDED, HEADS, RUNS, 2)),
-            (_produce, (sources, rings, ready, free, place, G, PADDED, HEADS, RUNS, 3)),
+            (_consume, (rings, ready, free, counts, to, blocks, context, G, D, HEADS, RUNS)),
+            (_produce, (v, rings[0], ready, free, place, RUNS, 0)),
+            (_produce, (v, rings[0], ready, free, place, RUNS, 1)),
+            (_produce, (v, rings[0], ready, free, place, RUNS, 2)),
+            (_produce, (v, rings[0], ready, free, place, RUNS, 3)),
+            (_weigh, (scores, maxima, counts, rings, ready, free, blocks, G, HEADS, RUNS, 0)),
+            (_weigh, (scores, maxima, counts, rings, ready, free, blocks, G, HEADS, RUNS, 1)),
         ],
-        [1, 1, 1, 1],
-        [48, 48, 48, 48],
+        [1, 1, 1, 1, 4, 4],
+        [40, 40, 40, 40, 128, 128],
     )
 
 
 def chain(
-    weights: torch.Tensor,
-    alphas: torch.Tensor,
-    sums: torch.Tensor,
+    scores: torch.Tensor,
+    maxima: torch.Tensor,
+    counts: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
     query_starts: torch.Tensor,
@@ -242,14 +302,13 @@ def chain(
     count: int,
     blocks: int,
     group: int,
-    padded: int,
 ) -> None:
-    """The third phase: out = the chain over blocks of values, by weights that the second phase has made.
+    """The second and third phase: weights out of scores, and out = the chain over blocks of values.
 
     Args:
-        weights: of v's dtype [count, Hkv, blocks, group, 128].
-        alphas: float32 [count, Hkv, blocks, padded].
-        sums: float32 [count, Hkv, blocks, padded, 4].
+        scores: float32 [count, Hkv, blocks, 128, group], which the first phase may still be writing.
+        maxima: float32 [count, Hkv, blocks, group], likewise.
+        counts: int32 [count, Hkv, slices of 64 columns, runs], of the blocks of which both are there; zeroed.
         v: the cache's values [pages, Hkv, 16, D].
         out: [T, H, D].
         query_starts: int32 [R + 1].
@@ -259,7 +318,6 @@ def chain(
         count: requests served.
         blocks: of 128 keys that there is room for.
         group: query heads of a key/value head, at most 16.
-        padded: what `group` is padded to in alphas and sums.
 
     Determinism:
         As of `attention_phases`.
@@ -267,8 +325,7 @@ def chain(
     _, kv_heads, page, D = v.shape
     heads = padded_heads(group)
     _chain_kernel[(-(-D // COLUMNS.value), kv_heads, count)](
-        rows_of(v, page), rows_of(weights, heads, 128),
-        alphas, sums, out, query_starts, context_lengths, block_tables, requests,
+        rows_of(v, page), scores, maxima, counts, out, query_starts, context_lengths, block_tables, requests,
         out.stride(0), block_tables.stride(0), blocks, kv_heads,
-        G=group, D=D, PADDED=padded, HEADS=heads, RUNS=3 if heads == 8 else 2, num_warps=4, **early(),
+        G=group, D=D, HEADS=heads, RUNS=3 if heads == 8 else 2, tile=layout(v.dtype), num_warps=4, **early(),
     )  # fmt: skip

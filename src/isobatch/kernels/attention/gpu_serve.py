@@ -33,7 +33,7 @@ from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows, cut
 from isobatch.kernels.attention.padded import planned
 from isobatch.kernels.attention.triton import Tile, attention_contiguous, attention_listed, attention_tiled
 from isobatch.kernels.attention.triton_decode import Down, attention_down
-from isobatch.kernels.attention.triton_phases import Phases, attention_phases
+from isobatch.kernels.attention.triton_phases import attention_phases
 from isobatch.kernels.gpu.device import gluon_runs, multiprocessors
 from isobatch.kernels.layout import StepKeys, TiledRows
 
@@ -45,8 +45,8 @@ _LIBRARY_QUERIES = 512
 _GATHER_QUERIES = 1024
 _PAIRS_PER_KEY = 750  # of queries and keys that are computed in the time that a prompt alone loses, per key
 _LAUNCH_KEYS = 400  # what its launch costs, likewise
-_PHASES_PROGRAMS = 32
-_PHASES_KEYS = 96  # per program, from which on three launches are worth it
+_PHASES_PROGRAMS = 48
+_PHASES_CONTEXT = 512  # and at least the square of the programs
 _STREAMED_CONTEXT = 1024
 
 Decode = Literal["tiles", "down", "streamed", "phases"]
@@ -179,7 +179,7 @@ class Attention:
         programs, gluon = requests * kv_heads, self._gluon(head_size)
         if self.decode is not None:
             return "down" if self.decode == "streamed" and not gluon else self.decode
-        if programs <= _PHASES_PROGRAMS and context >= _PHASES_KEYS * programs:
+        if programs <= _PHASES_PROGRAMS and context >= max(_PHASES_CONTEXT, programs**2):
             return "phases"
         if gluon and (programs > multiprocessors() or context >= _STREAMED_CONTEXT):
             return "streamed"
@@ -195,8 +195,7 @@ class Attention:
         context = max(rows.contexts[r] for r in chosen)
         member = self.decode_member(len(chosen), kv_heads, q.shape[1] // kv_heads, D, context)
         if member == "phases":
-            phases = Phases(fed=self._gluon(D))
-            attention_phases(q, cache, rows, scale, phases=phases, chosen=chosen, out=out)
+            attention_phases(q, cache, rows, scale, fed=self._gluon(D), chosen=chosen, out=out)
         elif member == "streamed":
             from isobatch.kernels.attention.gluon_decode import Streamed, attention_streamed
 

@@ -1,4 +1,4 @@
-"""Decode of long contexts at small batch: three kernels that fill the GPU, in the order of `triton.py`.
+"""Decode of long contexts at small batch: phases that fill the GPU, in the order of `triton.py`.
 
 A sum that must run through the keys in order seems to forbid sharing one request's keys among programs. But a
 maximum is exact in any order, so only the sums are a chain:
@@ -8,6 +8,9 @@ maximum is exact in any order, so only the sums are a chain:
 3. Chain: acc = acc * a, then acc += p v, and the row sum. The columns of a head are independent of one
    another, so programs share out slices of columns; per block only the tensor core's steps are left.
 
+On Hopper the second and third are one kernel, in `gluon_chain.py`. It runs beside the first, which counts the
+blocks that are there, or takes its places as that one's programs end.
+
 Keys are read once and values once. Grids depend on plain ints alone: programs step through the blocks with a
 stride, as far as the length on the device says.
 
@@ -15,8 +18,6 @@ Shape letters: R requests, B blocks of 128 keys, H heads, Hkv key/value heads, G
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -35,11 +36,16 @@ from isobatch.kernels.attention.triton_steps import (
 )
 from isobatch.kernels.gpu.device import gluon_runs, multiprocessors
 from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin
-from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
+from isobatch.kernels.gpu.ptx import ex2, fma, mul, release, sub
 
 _LEAST_PADDED = 4  # heads
 # Programs of the scores that share a multiprocessor: with room for one block each, and for three.
 _BRIEF, _DEEP = 6, 2
+_SCORES, _ALONE = 3, 4  # blocks that a program has room for: of several, and of one, on a multiprocessor
+_FEW = 4  # the chain runs beside the scores while this many of it would fill the GPU
+_SLICE = 64  # columns that a program of the chain takes: with four warps the warp-group instruction serves
+_CHAIN = 6  # blocks of its pipeline
+RUN = 4  # blocks that are counted, and handed over, together
 
 
 @triton.jit
@@ -51,12 +57,16 @@ def _context(query_starts, context_lengths, request):
 
 @triton.jit
 def _scores_kernel(
-    q, k, scores, maxima, query_starts, context_lengths, block_tables, requests, c,
+    q, k, scores, maxima, counts, query_starts, context_lengths, block_tables, requests, c,
     q_row, q_head, table_row, blocks,
     block_stride: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, RUN: tl.constexpr, READERS: tl.constexpr,
 ):  # fmt: skip
-    """Axes: first block, key/value head, request. scores [R, Hkv, B, 128, G], maxima [R, Hkv, B, G]."""
+    """Axes: first block, key/value head, request. scores [R, Hkv, B, 128, G], maxima [R, Hkv, B, G].
+
+    Where there are `counts` [R, Hkv, READERS, runs of blocks], a block is counted as soon as others may read
+    it, for each of its readers.
+    """
     inputs_ready()
     next_may_begin()
     group, item = tl.program_id(1), tl.program_id(2)
@@ -76,6 +86,10 @@ def _scores_kernel(
     base = (item * tl.num_programs(1) + group).to(tl.int64) * blocks
     step = tl.num_programs(0)
     pages = pages_of(table, first * SPAN, context)
+    runs = tl.cdiv(blocks, RUN)
+    counter = counts
+    if counts is not None:
+        counter += (item * tl.num_programs(1) + group) * READERS * runs
     for n in tl.range(first, tl.cdiv(context, SPAN), step, num_stages=STAGES):
         j = n * SPAN + tl.arange(0, SPAN)
         source = k + page_rows(pages, block_stride, group * (PAGE * D), D, 0, WIDTH)
@@ -86,17 +100,24 @@ def _scores_kernel(
         pages = pages_of(table, (n + step) * SPAN, context)
         x = mul(product(kj, tl.trans(qs), None), tl.full((SPAN, HEADS), 0.0, tl.float32) + c)
         x = tl.where((j < context)[:, None], x, float("-inf"))
+        if counts is not None:
+            # The block before: its numbers have long been written, and so it costs no wait for them.
+            before = tl.maximum(n - step, first)
+            release(counter + before // RUN, runs * 4, READERS, (n > first).to(tl.int32))
         to = (base + n) * SPAN + tl.arange(0, SPAN)
         tl.store(scores + to[:, None] * G + h[None, :], x, mask=(h < G)[None, :])
         tl.store(maxima + (base + n) * G + h, tl.max(x, 0), mask=h < G)
+    if counts is not None:
+        last = first + (tl.cdiv(context, SPAN) - 1 - first) // step * step
+        release(counter + last // RUN, runs * 4, READERS, 1)
 
 
 @triton.jit
 def _weights_kernel(
     scores, maxima, weights, alphas, sums, query_starts, context_lengths, requests, blocks,
-    G: tl.constexpr, HEADS: tl.constexpr, RUN: tl.constexpr, LOOK: tl.constexpr,
+    G: tl.constexpr, HEADS: tl.constexpr, LOOK: tl.constexpr,
 ):  # fmt: skip
-    """Axes: run of blocks, key/value head, request. weights [.., B, G, 128], alphas [.., B, HEADS],
+    """Axes: block of keys, key/value head, request. weights [.., B, G, 128], alphas [.., B, HEADS],
     sums [.., B, HEADS, 4]; HEADS pads G for the compiler, not for the tensor core."""
     inputs_ready()
     next_may_begin()
@@ -104,31 +125,26 @@ def _weights_kernel(
     request = item
     if requests is not None:
         request = tl.load(requests + item)
-    context = _context(query_starts, context_lengths, request)
-    first = tl.program_id(0) * RUN
-    last = tl.minimum(first + RUN, tl.cdiv(context, SPAN))
-    h, lane = tl.arange(0, HEADS), tl.arange(0, 4)
+    n = tl.program_id(0)
+    if n * SPAN >= _context(query_starts, context_lengths, request):
+        return
+    h, lane, j = tl.arange(0, HEADS), tl.arange(0, 4), tl.arange(0, SPAN)
     mine = h < G
     base = (item * tl.num_programs(1) + group).to(tl.int64) * blocks
     m = tl.full((HEADS,), float("-inf"), tl.float32)
-    if first < last:
-        for n in range(0, first, LOOK):
-            i = n + tl.arange(0, LOOK)
-            mask = (i < first)[:, None] & mine[None, :]
-            tops = tl.load(maxima + (base + i[:, None]) * G + h[None, :], mask=mask, other=float("-inf"))
-            m = tl.maximum(m, tl.max(tops, 0))
-    for n in tl.range(first, last, num_stages=3):
-        key = (base + n) * SPAN + tl.arange(0, SPAN)
-        x = tl.load(scores + key[:, None] * G + h[None, :], mask=mine[None, :], other=0.0)
-        top = tl.maximum(m, tl.load(maxima + (base + n) * G + h, mask=mine, other=0.0))
-        p = ex2(sub(x, tl.broadcast_to(top[None, :], (SPAN, HEADS))))
-        j = tl.arange(0, SPAN)
-        to = ((base + n) * G + h)[:, None] * SPAN + j[None, :]
-        tl.store(weights + to, tl.trans(p.to(weights.dtype.element_ty)), mask=mine[:, None])
-        at = (base + n) * HEADS + h
-        tl.store(alphas + at, ex2(sub(m, top)))
-        tl.store(sums + at[:, None] * 4 + lane[None, :], lane_sums_down(p, HEADS))
-        m = top
+    for first in range(0, n, LOOK):
+        i = first + tl.arange(0, LOOK)
+        mask = (i < n)[:, None] & mine[None, :]
+        tops = tl.load(maxima + (base + i[:, None]) * G + h[None, :], mask=mask, other=float("-inf"))
+        m = tl.maximum(m, tl.max(tops, 0))
+    x = tl.load(scores + ((base + n) * SPAN + j)[:, None] * G + h[None, :], mask=mine[None, :], other=0.0)
+    top = tl.maximum(m, tl.load(maxima + (base + n) * G + h, mask=mine, other=0.0))
+    p = ex2(sub(x, tl.broadcast_to(top[None, :], (SPAN, HEADS))))
+    to = ((base + n) * G + h)[:, None] * SPAN + j[None, :]
+    tl.store(weights + to, tl.trans(p.to(weights.dtype.element_ty)), mask=mine[:, None])
+    at = (base + n) * HEADS + h
+    tl.store(alphas + at, ex2(sub(m, top)))
+    tl.store(sums + at[:, None] * 4 + lane[None, :], lane_sums_down(p, HEADS))
 
 
 @triton.jit
@@ -198,34 +214,13 @@ def _chain_kernel(
     tl.store(out + to, result.to(out.dtype.element_ty), mask=(h < G)[None, :] & (d < D)[:, None])
 
 
-@dataclass(frozen=True, slots=True)
-class Phases:
-    """A member's free choices.
-
-    Args:
-        fed: whether `gluon_chain.py` takes the chain where it runs; what follows of the chain is then unused.
-        columns: of a slice in the chain. From 64 with four warps on, the warp-group instruction serves.
-        warps: of the chain.
-        stages: of the chain's pipeline.
-        score_stages: of the scores' pipeline.
-        run: blocks that one program of the weights kernel takes.
-    """
-
-    fed: bool = True
-    columns: int = 64
-    warps: int = 4
-    stages: int = 6
-    score_stages: int = 3
-    run: int = 1
-
-
 def attention_phases(
     q: torch.Tensor,
     cache: GpuKVCache,
     rows: GpuPagedRows,
     scale: float,
     *,
-    phases: Phases,
+    fed: bool = True,
     chosen: tuple[int, ...] | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -233,7 +228,7 @@ def attention_phases(
 
     Args: as of `attention_tiled`, but that each of the chosen requests has one query, that `rows.contexts`
         bounds the scratch memory, 6 bytes per head and key, and
-        phases: the member.
+        fed: whether `gluon_chain.py` takes weights and chain where it runs.
 
     Returns:
         out; a request whose context length on the device is 0 gets zeros.
@@ -248,38 +243,55 @@ def attention_phases(
     requests, tables = rows.requests(chosen), rows.block_tables
     shape = group_shape(q, cache)
     G, D = shape["G"], shape["D"]
-    padded = max(_LEAST_PADDED, triton.next_power_of_2(G))
     blocks = max(1, -(-max(rows.contexts[r] for r in chosen) // 128))
-    size = R * kv_heads * blocks
+    groups, places, size = R * kv_heads, multiprocessors(), R * kv_heads * blocks
+    fed = fed and gluon_runs() and D <= 128
     scores = torch.empty(size * 128 * G, dtype=torch.float32, device=q.device)
-    weights = torch.empty(size * G, 128, dtype=q.dtype, device=q.device)
-    small = torch.empty(6, size * padded, dtype=torch.float32, device=q.device)
-    groups, places = R * kv_heads, multiprocessors()
-    # A block for each program while all find a place at once; else few programs with deep pipelines.
-    brief = blocks * groups <= _BRIEF * places
-    steps, stages = (blocks, 1) if brief else (max(1, _DEEP * places // groups), phases.score_stages)
-    _scores_kernel[(steps, kv_heads, R)](
-        q, cache.k, scores, small[0], rows.query_starts, rows.context_lengths, tables, requests,
+    maxima = torch.empty(size * G, dtype=torch.float32, device=q.device)
+    slices = -(-D // _SLICE)
+    counts = _counts(rows, groups, slices, -(-blocks // RUN)) if fed else None
+    if fed and groups * slices * _FEW <= places:
+        # The chain runs at the same time; each program has one of the multiprocessors that it leaves.
+        steps, stages = (places - groups * slices) // groups, _ALONE
+    elif blocks * groups <= _BRIEF * places:
+        # A block for each program while all find a place at once.
+        steps, stages = blocks, 1
+    else:
+        steps, stages = max(1, _DEEP * places // groups), _SCORES
+    _scores_kernel[(min(steps, blocks), kv_heads, R)](
+        q, cache.k, scores, maxima, counts, rows.query_starts, rows.context_lengths, tables, requests,
         exponent_scale(scale), q.stride(0), q.stride(1), tables.stride(0), blocks,
         **shape, WIDTH=triton.next_power_of_2(D),
-        STAGES=stages, num_warps=4, num_stages=stages, **early(),
+        STAGES=stages, RUN=RUN, READERS=slices, num_warps=4, num_stages=stages, **early(),
     )  # fmt: skip
-    _weights_kernel[(-(-blocks // phases.run), kv_heads, R)](
-        scores, small[0], weights, small[1], small[2:], rows.query_starts, rows.context_lengths,
-        requests, blocks, G=G, HEADS=padded, RUN=phases.run, LOOK=128, num_warps=1, **early(),
-    )  # fmt: skip
-    if phases.fed and gluon_runs():
+    if counts is not None:
         from isobatch.kernels.attention.gluon_chain import chain
 
         chain(
-            weights, small[1], small[2:], cache.v, out, rows.query_starts, rows.context_lengths, tables,
-            requests, count=R, blocks=blocks, group=G, padded=padded,
+            scores, maxima, counts, cache.v, out, rows.query_starts, rows.context_lengths, tables, requests,
+            count=R, blocks=blocks, group=G,
         )  # fmt: skip
         return out
-    _chain_kernel[(-(-D // phases.columns), kv_heads, R)](
-        weights, small[1], small[2:], cache.v, out, rows.query_starts, rows.context_lengths, tables,
+    padded = max(_LEAST_PADDED, triton.next_power_of_2(G))
+    weights = torch.empty(size * G, 128, dtype=q.dtype, device=q.device)
+    alphas, sums = torch.empty(5, size * padded, dtype=torch.float32, device=q.device).split((1, 4))
+    _weights_kernel[(blocks, kv_heads, R)](
+        scores, maxima, weights, alphas, sums, rows.query_starts, rows.context_lengths,
+        requests, blocks, G=G, HEADS=padded, LOOK=128, num_warps=1, **early(),
+    )  # fmt: skip
+    _chain_kernel[(slices, kv_heads, R)](
+        weights, alphas, sums, cache.v, out, rows.query_starts, rows.context_lengths, tables,
         requests, out.stride(0), tables.stride(0), blocks,
-        **shape, PADDED=padded, SLICE=phases.columns,
-        STAGES=phases.stages, num_warps=phases.warps, num_stages=phases.stages, **early(),
+        **shape, PADDED=padded, SLICE=_SLICE,
+        STAGES=_CHAIN, num_warps=4, num_stages=_CHAIN, **early(),
     )  # fmt: skip
     return out
+
+
+def _counts(rows: GpuPagedRows, groups: int, slices: int, runs: int) -> torch.Tensor:
+    """Zeros. All layers have the same ones, for the chain leaves them so."""
+    device = rows.query_starts.device
+    return rows.once(
+        ("counts", groups, slices, runs),
+        lambda: torch.zeros(groups, slices, runs, dtype=torch.int32, device=device),
+    )

@@ -9,6 +9,10 @@ Every kernel that is launched with `early()` calls `inputs_ready` before anythin
 Its end so says that all kernels before it have ended, too: memory may be given back and used again in the
 order of launches, as ever. No sum is touched, and no bit.
 
+One kernel, `attention/gluon_chain.py`, runs beside the one before it. It takes that one's results by counts,
+reads besides only what is older than both, which that one has waited for before it let anyone begin, and
+waits like all others before it writes.
+
 Source: the CUDA C++ programming guide, "Programmatic Dependent Launch and Synchronization".
 """
 

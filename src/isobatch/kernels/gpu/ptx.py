@@ -74,3 +74,43 @@ def fma(x, y, z):
     return tl.inline_asm_elementwise(
         "fma.rn.ftz.f32 $0, $1, $2, $3;", "=f,f,f,f", [x, y, z], dtype=tl.float32, is_pure=True, pack=1
     )
+
+
+@triton.jit
+def release(counter, apart, copies: tl.constexpr, amount):
+    """Adds to int32 counters once all threads of the program are here: what they wrote is then to be read.
+
+    In assembly, barrier and all: Triton does not pipeline a loop in which it sees a barrier.
+
+    Args:
+        counter: pointer to the first.
+        apart: int32, bytes from one to the next.
+        copies: how many, at most 32.
+        amount: int32.
+    """
+    tl.inline_asm_elementwise(
+        """
+        {
+            .reg .pred mine;
+            .reg .s32 thread;
+            .reg .b64 at;
+            mov.u32 thread, %tid.x;
+            setp.lt.s32 mine, thread, $4;
+            mul.wide.s32 at, thread, $2;
+            add.s64 at, at, $1;
+            bar.sync 0;
+            @mine red.release.gpu.global.add.s32 [at], $3;
+            mov.u32 $0, 0;
+        }
+        """,
+        "=r,l,r,r,r", [counter.to(tl.int64), apart, amount, copies], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def acquired(counter):
+    """An int32 that a running kernel counts up by `release`: what was written before can then be read."""
+    return tl.inline_asm_elementwise(
+        "ld.acquire.gpu.global.b32 $0, [$1];",
+        "=r,l", [counter.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
