@@ -2,7 +2,8 @@
 
 The interpreter runs a kernel's logic as Python; it says nothing about what the compiler refuses, or about a
 tile that wants more shared memory than there is. A kernel that is launched early must wait before it touches
-memory: that is seen in its code. Prints a line per member; the exit code is 1 if any fails.
+memory, or writes it if it runs beside the one before: that is seen in its code. Prints a line per member; the
+exit code is 1 if any fails.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from isobatch.kernels.gpu import device as gpu
 
 _TOUCHES = re.compile(r"\b(?:ld\.global|st\.global|ld\.relaxed|atom|red\.|cp\.async(?!\.bulk\.prefetch))")
 _WRITES = re.compile(r"\b(?:st\.global|atom|red\.)")
+_LETS = re.compile(r"\bgriddepcontrol\.launch_dependents")
 _SHARED_BYTES = 232_448  # what one program may have on compute capability 9.0
 
 
@@ -64,13 +66,15 @@ def touches_too_early(ptx: str) -> bool:
     """Whether the code of a kernel that is launched early reads or writes memory before it waits.
 
     Asking the second-level cache for weights, which no kernel writes, is neither. A kernel that runs beside
-    the one before acquires its counts instead, and waits before it ends.
+    the one before acquires what that one counts, and may not write. Nobody may let the next one begin before
+    it has waited itself, for what is older than both that one takes to be there. The text shows one wait's
+    place, and not which of several is passed.
     """
-    if "ld.acquire.gpu" in ptx:
-        wait, writes = ptx.rfind("griddepcontrol.wait"), _WRITES.search(ptx)
-        return writes is not None and not 0 <= wait < writes.start()
-    wait, touch = ptx.find("griddepcontrol.wait"), _TOUCHES.search(ptx)
-    return touch is not None and not 0 <= wait < touch.start()
+    wait, beside = ptx.find("griddepcontrol.wait"), "ld.acquire.gpu" in ptx
+    if beside and ptx.count("griddepcontrol.wait") > 1:
+        return True
+    found = (_WRITES if beside else _TOUCHES).search(ptx), _LETS.search(ptx)
+    return any(touch is not None and not 0 <= wait < touch.start() for touch in found)
 
 
 def failures() -> Iterator[str]:

@@ -268,7 +268,7 @@ def runs_of_blocks_are_handed_over() -> None:
         for row in range(len(ends)):
             alone = case.take([row])
             expected = alone.call(MEMBERS[0])[0]
-            for places in (3, 20, 132):
+            for places in (1, 8, 132):
                 with patch.object(triton_phases, "multiprocessors", lambda places=places: places):
                     assert bits_equal(alone.call(_PHASES)[0], expected), (D, G, ends[row], places)
 
@@ -289,13 +289,18 @@ def scores_that_come_late_are_waited_for() -> None:
                 for _layer in range(3):
                     assert bits_equal(run()[0], expected), (D, G, places)
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph), patch.object(torch, "empty", _poisoned):
                     layers = [run()[0] for _ in range(3)]
             for _ in range(100):
                 for got in layers:
                     got.zero_()
                 graph.replay()
                 assert all(bits_equal(got, expected) for got in layers), (D, G, places)
+
+
+def _poisoned(*shape: int, plain: Any = torch.empty, **options: Any) -> torch.Tensor:
+    """Memory that is wrong in each layer and replay, where else it would be as the one before left it."""
+    return plain(*shape, **options).fill_(float("nan"))  # type: ignore[no-any-return]
 
 
 def _nobody_waits(case: GpuAttentionCase) -> torch.Tensor:
@@ -307,13 +312,10 @@ def _nobody_waits(case: GpuAttentionCase) -> torch.Tensor:
     def counted(_rows: GpuPagedRows, *shape: int) -> torch.Tensor:
         return torch.full(shape, triton_phases.RUN, dtype=torch.int32, device=device())
 
-    def poisoned(*shape: int, plain: Any = torch.empty, **options: Any) -> torch.Tensor:
-        return plain(*shape, **options).fill_(float("nan"))  # type: ignore[no-any-return]
-
     with (
         patch.object(triton_phases, "_counts", counted),
         patch.object(triton_phases, "multiprocessors", lambda: 12),
-        patch.object(torch, "empty", poisoned),
+        patch.object(torch, "empty", _poisoned),
     ):
         run = case.prepare(_PHASES)
         run()

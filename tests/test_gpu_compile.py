@@ -41,17 +41,20 @@ _HASTY = """
 from tests import compile_gpu_kernels as script
 compiled = script._compile_only()
 import torch
-from tests.test_gpu_overlap import _copy_kernel
-x = torch.zeros(64)
+from tests.test_gpu_overlap import _beside_kernel, _copy_kernel
+x, count = torch.zeros(64), torch.zeros(1, dtype=torch.int32)
 for waits in (True, False):
     _copy_kernel[(1,)](x, x, COUNT=64, WAITS=waits, launch_pdl=True)
+for waits in (0, 1, 2):
+    _beside_kernel[(1,)](x, x, count, COUNT=64, WAITS=waits, HASTY=False, launch_pdl=True)
+_beside_kernel[(1,)](x, x, count, COUNT=64, WAITS=1, HASTY=True, launch_pdl=True)
 print([script.touches_too_early(kernel.asm["ptx"]) for kernel in compiled])
 """
 
 
 def test_a_kernel_that_is_launched_early_and_does_not_wait_is_found() -> None:
     ran = _run("-c", _HASTY)
-    assert (ran.returncode, ran.stdout) == (0, "[False, True]\n"), ran.stderr
+    assert (ran.returncode, ran.stdout) == (0, "[False, True, True, False, True, True]\n"), ran.stderr
 
 
 def test_a_tile_that_wants_too_much_shared_memory_is_found() -> None:

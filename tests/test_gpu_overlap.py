@@ -16,7 +16,7 @@ from isobatch.bits import bits_equal
 from isobatch.kernels.activation.triton import silu_and_mul
 from isobatch.kernels.data import floats
 from isobatch.kernels.gpu.device import device
-from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin, overlaps
+from isobatch.kernels.gpu.overlap import acquired, early, inputs_ready, next_may_begin, overlaps
 from isobatch.kernels.linear.members import tile_named
 from isobatch.kernels.linear.triton import linear_tile
 from isobatch.kernels.rms_norm.triton import rms_norm
@@ -33,6 +33,23 @@ def _copy_kernel(x, y, COUNT: tl.constexpr, WAITS: tl.constexpr):
         inputs_ready()
     at = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
     tl.store(y + at, tl.load(x + at))
+
+
+@triton.jit
+def _beside_kernel(x, y, count, COUNT: tl.constexpr, WAITS: tl.constexpr, HASTY: tl.constexpr):
+    """Takes what the kernel before counts; WAITS: never, before it writes, or before it ends early, too."""
+    if HASTY:
+        next_may_begin()
+    at = tl.arange(0, COUNT)
+    if WAITS == 2 and tl.load(x) < 0:
+        inputs_ready()
+        return
+    while acquired(count) == 0:
+        pass
+    read = tl.load(x + at)
+    if WAITS > 0:
+        inputs_ready()
+    tl.store(y + at, read)
 
 
 def _copied(x: torch.Tensor, *, waits: bool) -> torch.Tensor:

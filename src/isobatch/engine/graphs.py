@@ -33,7 +33,7 @@ from isobatch.models.decoder import Decoder
 from isobatch.models.inputs import Batch
 from isobatch.ops.queued import QueuedOps
 
-# Up to this many rows the choice of attention's member depends on the context: a recording for each doubling.
+# Up to this many rows a recording for each doubling of the context, on which attention's member depends then.
 _FEW = 16
 _SHORT = 256
 DRAWN = 128

@@ -27,9 +27,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from isobatch.kernels.attention import triton_phases
 from isobatch.kernels.attention.gluon_steps import (
-    COLUMNS,
-    PAGE,
-    SPAN,
     barrier,
     clear_slots,
     fetch_pair,
@@ -38,9 +35,9 @@ from isobatch.kernels.attention.gluon_steps import (
     pair_of_pages,
     rows_of,
 )
-from isobatch.kernels.attention.triton_steps import lane_sums_down, row_total
-from isobatch.kernels.gpu.overlap import early
-from isobatch.kernels.gpu.ptx import acquired, ex2, fma, sub
+from isobatch.kernels.attention.triton_steps import COLUMNS, PAGE, SPAN, lane_sums_down, row_total
+from isobatch.kernels.gpu.overlap import acquired, early
+from isobatch.kernels.gpu.ptx import ex2, fma, sub
 
 RUN = gl.constexpr(triton_phases.RUN)  # four: look-ups and scales spell them out
 
@@ -183,7 +180,7 @@ def _step(acc, lanes, scales, values, weights):
 
 @gluon.jit
 def _consume(
-    rings, ready, free, counts, out, blocks, context,
+    rings, ready, free, counts, out, served, blocks, context,
     G: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr, RUNS: gl.constexpr,
 ):  # fmt: skip
     """Out [G, D] of this request, group and slice."""
@@ -230,28 +227,26 @@ def _consume(
     column = gl.arange(0, HEADS, layout=of_acc)
     d = gl.program_id(0) * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, across))
     result = gl.where(blocks > 0, acc / total[None, :], 0.0)
-    inside = (column < G)[None, :] & (d < D)[:, None]
+    inside = (served & (column < G))[None, :] & (d < D)[:, None]
     gl.store(out + column[None, :] * D + d[:, None], result.to(out.dtype.element_ty), mask=inside)
 
 
 @gluon.jit
 def _chain_kernel(
     v, scores, maxima, counts, out, query_starts, context_lengths, block_tables, requests,
-    out_row, table_row, most_blocks, kv_heads,
+    out_row, table_row, most_blocks,
     G: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr, RUNS: gl.constexpr, tile: gl.constexpr,
 ):  # fmt: skip
     """Axes: slice of columns, key/value head, request. Scores and maxima are read as their counts go up."""
-    group, item = gl.program_id(1), gl.program_id(2)
+    group, item, kv_heads = gl.program_id(1), gl.program_id(2), gl.num_programs(1)
     request = item
     if requests is not None:
         request = gl.load(requests + item)
-    context = gl.load(context_lengths + request)
     row = gl.load(query_starts + request).to(gl.int64)
-    if gl.load(query_starts + request + 1) <= row:
-        gdc_wait()
-        return
+    served = gl.load(query_starts + request + 1) > row
+    context = gl.where(served, gl.load(context_lengths + request), 0)
     blocks = gl.cdiv(context, SPAN)
-    base = ((item * kv_heads + group) * most_blocks).to(gl.int64)
+    base = (item * kv_heads + group).to(gl.int64) * most_blocks
     table = block_tables + request.to(gl.int64) * table_row
     column, last_page = gl.program_id(0) * COLUMNS, gl.maximum(context - 1, 0) // PAGE
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
@@ -275,7 +270,7 @@ def _chain_kernel(
     to = out + row * out_row + group * (G * D)
     gl.warp_specialize(
         [
-            (_consume, (rings, ready, free, counts, to, blocks, context, G, D, HEADS, RUNS)),
+            (_consume, (rings, ready, free, counts, to, served, blocks, context, G, D, HEADS, RUNS)),
             (_produce, (v, rings[0], ready, free, place, RUNS, 0)),
             (_produce, (v, rings[0], ready, free, place, RUNS, 1)),
             (_produce, (v, rings[0], ready, free, place, RUNS, 2)),
@@ -301,31 +296,30 @@ def chain(
     *,
     count: int,
     blocks: int,
-    group: int,
 ) -> None:
     """The second and third phase: weights out of scores, and out = the chain over blocks of values.
 
     Args:
         scores: float32 [count, Hkv, blocks, 128, group], which the first phase may still be writing.
         maxima: float32 [count, Hkv, blocks, group], likewise.
-        counts: int32 [count, Hkv, slices of 64 columns, runs], of the blocks of which both are there; zeroed.
+        counts: int32 [count * Hkv, slices of 64 columns, runs], of blocks of which both are there; zeroed.
         v: the cache's values [pages, Hkv, 16, D].
-        out: [T, H, D].
+        out: [T, H, D], of at most 16 heads per key/value head.
         query_starts: int32 [R + 1].
         context_lengths: int32 [R].
         block_tables: int32 [R, pages of a request].
         requests: int32 [count], which requests; None for the first `count`.
         count: requests served.
         blocks: of 128 keys that there is room for.
-        group: query heads of a key/value head, at most 16.
 
     Determinism:
         As of `attention_phases`.
     """
     _, kv_heads, page, D = v.shape
+    group = out.shape[1] // kv_heads
     heads = padded_heads(group)
-    _chain_kernel[(-(-D // COLUMNS.value), kv_heads, count)](
+    _chain_kernel[(counts.shape[1], kv_heads, count)](
         rows_of(v, page), scores, maxima, counts, out, query_starts, context_lengths, block_tables, requests,
-        out.stride(0), block_tables.stride(0), blocks, kv_heads,
+        out.stride(0), block_tables.stride(0), blocks,
         G=group, D=D, HEADS=heads, RUNS=3 if heads == 8 else 2, tile=layout(v.dtype), num_warps=4, **early(),
     )  # fmt: skip

@@ -26,9 +26,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from isobatch.kernels.attention.gluon_steps import (
-    COLUMNS,
-    PAGE,
-    SPAN,
     barrier,
     clear_slots,
     fetch_pair,
@@ -39,7 +36,7 @@ from isobatch.kernels.attention.gluon_steps import (
 )
 from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
 from isobatch.kernels.attention.launch import begin, exponent_scale
-from isobatch.kernels.attention.triton_steps import lane_sums_down, row_total
+from isobatch.kernels.attention.triton_steps import COLUMNS, PAGE, SPAN, lane_sums_down, row_total
 from isobatch.kernels.gpu.device import multiprocessors
 from isobatch.kernels.gpu.overlap import early
 from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub

@@ -36,11 +36,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from isobatch.kernels.attention.gather import gather, places
-from isobatch.kernels.attention.gluon_steps import SPAN, barrier, bulk_copy, bulk_store, rows_of
+from isobatch.kernels.attention.gluon_steps import barrier, bulk_copy, bulk_store, rows_of
 from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows, cut
 from isobatch.kernels.attention.launch import exponent_scale
 from isobatch.kernels.attention.triton_again import attention_again
-from isobatch.kernels.attention.triton_steps import lane_sums, row_total
+from isobatch.kernels.attention.triton_steps import SPAN, lane_sums, row_total
 from isobatch.kernels.gpu.device import multiprocessors
 from isobatch.kernels.gpu.overlap import early
 from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub

@@ -16,13 +16,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from isobatch.kernels.attention.triton_steps import COLUMNS, PAGE, SPAN
+
 # Names that later releases have changed; where both are there, the older one only says so.
 bulk_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 bulk_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-SPAN = gl.constexpr(128)
-PAGE = gl.constexpr(16)
-COLUMNS = gl.constexpr(64)  # of a part of a head: a row of what the tensor core reads whole
 
 
 def padded_heads(heads: int) -> int:

@@ -26,6 +26,7 @@ import triton.language as tl
 from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
 from isobatch.kernels.attention.launch import begin, exponent_scale, group_shape
 from isobatch.kernels.attention.triton_steps import (
+    COLUMNS,
     PAGE,
     SPAN,
     lane_sums_down,
@@ -35,15 +36,14 @@ from isobatch.kernels.attention.triton_steps import (
     row_total,
 )
 from isobatch.kernels.gpu.device import gluon_runs, multiprocessors
-from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin
-from isobatch.kernels.gpu.ptx import ex2, fma, mul, release, sub
+from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin, release
+from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
 
 _LEAST_PADDED = 4  # heads
 # Programs of the scores that share a multiprocessor: with room for one block each, and for three.
 _BRIEF, _DEEP = 6, 2
 _SCORES, _ALONE = 3, 4  # blocks that a program has room for: of several, and of one, on a multiprocessor
-_FEW = 4  # the chain runs beside the scores while this many of it would fill the GPU
-_SLICE = 64  # columns that a program of the chain takes: with four warps the warp-group instruction serves
+_FEW = 4  # the chain runs beside the scores while so many times its programs would find a place at once
 _CHAIN = 6  # blocks of its pipeline
 RUN = 4  # blocks that are counted, and handed over, together
 
@@ -227,7 +227,7 @@ def attention_phases(
     """Decode in three phases: requests with one query, of at most 16 heads per key/value head.
 
     Args: as of `attention_tiled`, but that each of the chosen requests has one query, that `rows.contexts`
-        bounds the scratch memory, 6 bytes per head and key, and
+        bounds the scratch memory, 4 bytes per head and key if fed and 6 if not, and
         fed: whether `gluon_chain.py` takes weights and chain where it runs.
 
     Returns:
@@ -248,7 +248,7 @@ def attention_phases(
     fed = fed and gluon_runs() and D <= 128
     scores = torch.empty(size * 128 * G, dtype=torch.float32, device=q.device)
     maxima = torch.empty(size * G, dtype=torch.float32, device=q.device)
-    slices = -(-D // _SLICE)
+    slices = -(-D // COLUMNS.value)
     counts = _counts(rows, groups, slices, -(-blocks // RUN)) if fed else None
     if fed and groups * slices * _FEW <= places:
         # The chain runs at the same time; each program has one of the multiprocessors that it leaves.
@@ -269,7 +269,7 @@ def attention_phases(
 
         chain(
             scores, maxima, counts, cache.v, out, rows.query_starts, rows.context_lengths, tables, requests,
-            count=R, blocks=blocks, group=G,
+            count=R, blocks=blocks,
         )  # fmt: skip
         return out
     padded = max(_LEAST_PADDED, triton.next_power_of_2(G))
@@ -282,7 +282,7 @@ def attention_phases(
     _chain_kernel[(slices, kv_heads, R)](
         weights, alphas, sums, cache.v, out, rows.query_starts, rows.context_lengths, tables,
         requests, out.stride(0), tables.stride(0), blocks,
-        **shape, PADDED=padded, SLICE=_SLICE,
+        **shape, PADDED=padded, SLICE=COLUMNS.value,
         STAGES=_CHAIN, num_warps=4, num_stages=_CHAIN, **early(),
     )  # fmt: skip
     return out

@@ -14,6 +14,7 @@ from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
 _PLAIN = tl.constexpr(INTERPRETED)
 SPAN = tl.constexpr(128)
 PAGE = tl.constexpr(16)
+COLUMNS = tl.constexpr(64)  # of a part of a head: a row of what the tensor core reads whole
 
 
 @triton.jit

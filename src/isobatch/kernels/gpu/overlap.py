@@ -9,9 +9,10 @@ Every kernel that is launched with `early()` calls `inputs_ready` before anythin
 Its end so says that all kernels before it have ended, too: memory may be given back and used again in the
 order of launches, as ever. No sum is touched, and no bit.
 
-One kernel, `attention/gluon_chain.py`, runs beside the one before it. It takes that one's results by counts,
-reads besides only what is older than both, which that one has waited for before it let anyone begin, and
-waits like all others before it writes.
+One kernel, `attention/gluon_chain.py`, runs beside the one before it. It takes that one's results by counts
+(`release`, `acquired`) and waits like all others before it writes. What it reads besides is older than both,
+and the one before has waited for that before it let anyone begin. That a wait there is enough is our reading
+of the hardware; the guide promises it to those only that wait themselves.
 
 Source: the CUDA C++ programming guide, "Programmatic Dependent Launch and Synchronization".
 """
@@ -51,9 +52,49 @@ def inputs_ready():
 def next_may_begin():
     """Lets the next kernel take its places, once every program has come here or has ended.
 
-    Small kernels, and the phases of decode, say so at once. Others that fill the GPU say so when their loads
+    Small kernels, and the scores of decode, say so at once. Others that fill the GPU say so when their loads
     are done: a successor placed any sooner gets the places that happen to be free, and is spread unevenly for
     all its time.
     """
     if not _PLAIN and tl.target_info.cuda_capability_geq(9, 0):
         gdc_launch_dependents()
+
+
+@triton.jit
+def release(counter, apart, copies: tl.constexpr, amount):
+    """Adds to int32 counters once all threads of the program are here: what they wrote is then to be read.
+
+    In assembly, barrier and all: Triton does not pipeline a loop in which it sees a barrier.
+
+    Args:
+        counter: pointer to the first.
+        apart: int32, bytes from one to the next.
+        copies: how many, at most as many as the program has threads.
+        amount: int32.
+    """
+    tl.inline_asm_elementwise(
+        """
+        {
+            .reg .pred mine;
+            .reg .s32 thread;
+            .reg .b64 at;
+            mov.u32 thread, %tid.x;
+            setp.lt.s32 mine, thread, $4;
+            mul.wide.s32 at, thread, $2;
+            add.s64 at, at, $1;
+            bar.sync 0;
+            @mine red.release.gpu.global.add.s32 [at], $3;
+            mov.u32 $0, 0;
+        }
+        """,
+        "=r,l,r,r,r", [counter.to(tl.int64), apart, amount, copies], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def acquired(counter):
+    """An int32 that a running kernel counts up by `release`: what was written before can then be read."""
+    return tl.inline_asm_elementwise(
+        "ld.acquire.gpu.global.b32 $0, [$1];",
+        "=r,l", [counter.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
