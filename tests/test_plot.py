@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from isobatch.cli import main, step_plots
+from isobatch.cli import main, serve_plots, step_plots, svg
 from isobatch.cli.workloads import BATCHES, CONTEXTS, FEW
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -34,6 +34,27 @@ def report() -> dict[str, Any]:
         "points": [point(*spot) for spot in spots],
         "profiles": [{"batch": batch, "us": 4600.0, "kinds": kinds} for batch in (1, 1000)],
         "left_out": [],
+    }
+
+
+def served() -> dict[str, Any]:
+    """Of workloads: each engine's time is a multiple of ours."""
+    points = [
+        {
+            "workload": name,
+            "seconds": ours,
+            "stock_s": 1.1 * ours,
+            "floor_s": 0.8 * ours,
+            "beside": {"vllm default": {"seconds": 1.25 * ours}, "vllm slow": {"seconds": 4 * ours}},
+        }
+        for name, ours in (("1 x 128 in, 256 out", 1.5), ("8 x 6000 in, 64 out", 3.25))
+    ]
+    hardware = {"hardware": {"gpu": "NVIDIA H999"}}
+    return {
+        "provenance": hardware,
+        "model": "tiny",
+        "points": points,
+        "beside": {"vllm default": {}, "vllm slow": {}},
     }
 
 
@@ -113,10 +134,47 @@ def test_parts_of_a_bar_are_as_wide_as_their_shares(file: Path) -> None:
     assert all(kind in text for kind, _ in KINDS)
 
 
+def widths(root: ElementTree.Element, engine: str) -> list[float]:
+    found = []
+    for workload in ("1-x-128-in-256-out", "8-x-6000-in-64-out"):
+        path = next(group(root, f"{engine}-{workload}").iter(f"{SVG}path"))
+        xs = [float(number) for number in re.findall(r"[ML] (\S+) \S+", path.get("d", ""))]
+        found.append(max(xs) - min(xs))
+    return found
+
+
+def test_engines_are_as_long_as_their_times_over_ours(tmp_path: Path) -> None:
+    path = tmp_path / "serve.json"
+    path.write_text(json.dumps(served()))
+    assert main(["plot", str(path)]) == 0
+    root = drawn(tmp_path, "serve-workloads.svg")
+    ours = widths(root, "isobatch")
+    assert ours[0] == pytest.approx(ours[1], abs=0.01)
+    others = {"torch's-kernels-same-engine": 1.1, "vllm-default": 1.25, "vllm-slow": 4.0}
+    for engine, times in others.items():
+        assert widths(root, engine) == pytest.approx([times * ours[0]] * 2, abs=0.01), engine
+    text = said(root)
+    assert {"1.50 s", "6.00 s", "13.00 s", "floor", "isobatch", "vllm slow"} <= set(text.splitlines())
+    assert "tiny on NVIDIA H999" in text
+    # Without another engine ours is drawn all the same.
+    alone = served()
+    del alone["beside"]
+    for one in alone["points"]:
+        del one["stock_s"], one["beside"]
+    path.write_text(json.dumps(alone))
+    assert main(["plot", str(path)]) == 0
+    assert "vllm" not in said(drawn(tmp_path, "serve-workloads.svg"))
+    path.write_text(json.dumps({**alone, "points": [{"workload": "x"}]}))
+    assert main(["plot", str(path)]) == 2
+
+
 def test_equal_results_give_equal_files(file: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "serve.json"
+    whole.write_text(json.dumps(served()))
     for folder in ("a", "b"):
-        assert main(["plot", str(file), "--out", str(tmp_path / folder)]) == 0
-    for name in step_plots.PLOTS:
+        for results in (file, whole):
+            assert main(["plot", str(results), "--out", str(tmp_path / folder)]) == 0
+    for name in (*step_plots.PLOTS, *serve_plots.PLOTS):
         first, second = ((tmp_path / folder / name).read_bytes() for folder in ("a", "b"))
         assert first == second
         assert b"dc:date" not in first
@@ -134,14 +192,17 @@ def _luminance(color: str) -> float:
 
 @pytest.mark.parametrize("page", ["#ffffff", "#0d1117"])
 def test_colours_stand_out_from_light_and_dark(page: str, file: Path) -> None:
-    for color in (step_plots.INK, *step_plots.COLORS):
+    for color in (svg.INK, *svg.COLORS):
         low, high = sorted((_luminance(color), _luminance(page)))
         assert (high + 0.05) / (low + 0.05) >= 3, color  # WCAG 2.2, of graphics
     assert main(["plot", str(file)]) == 0
-    for name in step_plots.PLOTS:
+    whole = file.parent / "serve.json"
+    whole.write_text(json.dumps(served()))
+    assert main(["plot", str(whole)]) == 0
+    for name in (*step_plots.PLOTS, *serve_plots.PLOTS):
         text = (file.parent / name).read_text()
         colors = set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", text))
-        assert colors <= {step_plots.INK, *step_plots.COLORS, "#ffffff"}, "nothing in black"
+        assert colors <= {svg.INK, *svg.COLORS, "#ffffff"}, "nothing in black"
 
 
 @pytest.mark.parametrize(
@@ -189,7 +250,8 @@ def test_machine_without_matplotlib_is_told_what_to_install(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "isobatch.cli.step_plots")
-    monkeypatch.delattr("isobatch.cli.step_plots")
+    for name in ("serve_plots", "step_plots", "svg"):
+        monkeypatch.delitem(sys.modules, f"isobatch.cli.{name}")
+        monkeypatch.delattr(f"isobatch.cli.{name}")
     assert main(["plot", str(file)]) == 3
     assert "pip install isobatch[plots]" in capsys.readouterr().err

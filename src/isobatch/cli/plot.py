@@ -1,4 +1,4 @@
-"""`isobatch plot`: draws what `isobatch bench serve --only steps` measured."""
+"""`isobatch plot`: draws what `isobatch bench serve` measured, its steps or its workloads."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from typing import Any
 
 _FILE = Path("benchmarks/results/serve-steps.json")
 _MEASURE = "isobatch bench serve --only steps"
+_WORKLOADS = "isobatch bench serve"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Adds the subcommand."""
     parser = subparsers.add_parser(
         "plot",
-        help=f"draw what {_MEASURE} measured",
-        description="Draws the time of a decode step against batch and context, with its floor, and where "
-        "the time goes, as SVG. Equal results give equal files. Needs the extra [plots].",
+        help=f"draw what {_WORKLOADS} measured",
+        description=f"Draws, of {_MEASURE}, the time of a decode step against batch and context, with its "
+        f"floor, and where the time goes; of {_WORKLOADS}, the time of each workload beside other engines'. "
+        "SVG; equal results give equal files. Needs the extra [plots].",
     )
     parser.add_argument("file", nargs="?", type=Path, default=_FILE, help=f"results (default {_FILE})")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to draw (default: beside the file)")
@@ -36,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     from isobatch.errors import ConfigError, MissingDependencyError
 
     try:
-        from isobatch.cli import step_plots
+        from isobatch.cli import serve_plots, step_plots
     except ImportError as error:
         raise MissingDependencyError(
             "matplotlib is not installed", fix="pip install isobatch[plots]"
@@ -45,15 +47,17 @@ def run(arguments: argparse.Namespace) -> int:
     report = _read(path)
     folder = arguments.out or path.parent
     folder.mkdir(parents=True, exist_ok=True)
+    whole = any("workload" in point for point in report.get("points", ()))
+    plots, measure = (serve_plots.PLOTS, _WORKLOADS) if whole else (step_plots.PLOTS, _MEASURE)
     lacking = []
-    for name, plot in step_plots.PLOTS.items():
+    for name, plot in plots.items():
         try:
             svg = plot(report)
         except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             got = f"{type(error).__name__}: {error}"
             raise ConfigError(
                 f"{path}: not of this version",
-                expected=f"what `{_MEASURE}` writes",
+                expected=f"what `{measure}` writes",
                 got=got,
                 fix="run it again",
             ) from error

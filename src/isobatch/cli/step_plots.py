@@ -1,54 +1,19 @@
-"""SVG of what a decode step costs and where its time goes; see `isobatch plot`.
-
-The background is left open and every colour stands out from white as from GitHub's dark page, so that one
-file does for both. Text stays text. Nothing in a file depends on when or where it was drawn.
-"""
+"""SVG of what a decode step costs and where its time goes; see `isobatch plot`."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from isobatch.cli.goals import Point
 from isobatch.cli.step_profile import KERNELS
+from isobatch.cli.svg import COLORS, INK, measured, svg
 from isobatch.cli.workloads import CONTEXT, FEW
 
-INK = "#7b7b7b"
-COLORS = (
-    "#3f7fc4",
-    "#cf6a1a",
-    "#2f9158",
-    "#b65fc4",
-    "#9c7a1e",
-    "#d4515d",
-    "#1f8f9e",
-    "#8a76d6",
-    "#7d8a2a",
-    "#7b7b7b",
-)
-"""Of series, and of kinds of work in their order."""
-_STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "isobatch",
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 11,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "axes.titlesize": 12,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-    "savefig.transparent": True,
-}
 _LABELLED = 0.04  # a narrower part of a bar has no room for a number
 
 
@@ -58,10 +23,10 @@ def _by_batch(report: dict[str, Any]) -> str | None:
         return None
 
     def draw(figure: Figure) -> None:
-        axes = _axes(figure, f"{_name(report)}: one decode step, {CONTEXT} tokens of context", "batch")
+        axes = _axes(figure, f"{measured(report)}: one decode step, {CONTEXT} tokens of context", "batch")
         _series(axes, points, "batch", "step", COLORS[0])
 
-    return _svg(draw, (7, 4.5))
+    return svg(draw, (7, 4.5))
 
 
 def _by_context(report: dict[str, Any]) -> str | None:
@@ -70,11 +35,11 @@ def _by_context(report: dict[str, Any]) -> str | None:
         return None
 
     def draw(figure: Figure) -> None:
-        axes = _axes(figure, f"{_name(report)}: one decode step", "context, tokens")
+        axes = _axes(figure, f"{measured(report)}: one decode step", "context, tokens")
         for color, (batch, points) in zip(COLORS, series.items(), strict=False):
             _series(axes, points, "context", f"batch {batch}", color)
 
-    return _svg(draw, (7, 4.5))
+    return svg(draw, (7, 4.5))
 
 
 def _profiles(report: dict[str, Any]) -> str | None:
@@ -84,7 +49,7 @@ def _profiles(report: dict[str, Any]) -> str | None:
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        axes.set_title(f"{_name(report)}: where the time of a decode step goes")
+        axes.set_title(f"{measured(report)}: where the time of a decode step goes")
         axes.set_xlabel("percent of the step")
         axes.set_xlim(0, 100)
         for row, one in enumerate(profiles):
@@ -98,7 +63,7 @@ def _profiles(report: dict[str, Any]) -> str | None:
         kinds = [kind for kind in KERNELS if kind in once]
         figure.legend([once[kind] for kind in kinds], kinds, loc="outside lower center", ncols=3)
 
-    return _svg(draw, (8, 2.2 + 0.8 * len(profiles)))
+    return svg(draw, (8, 2.2 + 0.8 * len(profiles)))
 
 
 PLOTS: dict[str, Callable[[dict[str, Any]], str | None]] = {
@@ -107,12 +72,6 @@ PLOTS: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "step-profile.svg": _profiles,
 }
 """From a report to an SVG, None where it lacks what the plot would show; by the name of the file."""
-
-
-def _name(report: dict[str, Any]) -> str:
-    """What was measured, and on what."""
-    gpu = report["provenance"]["hardware"].get("gpu", "an unknown GPU")
-    return f"{report['model']} on {gpu}"
 
 
 def _axes(figure: Figure, title: str, quantity: str) -> Axes:
@@ -149,12 +108,3 @@ def _bar(axes: Axes, row: int, profile: dict[str, Any]) -> None:
         if kind["share"] >= _LABELLED:
             axes.text(left + share / 2, row, f"{share:.0f}", color="white", ha="center", va="center")
         left += share
-
-
-def _svg(draw: Callable[[Figure], None], size: tuple[float, float]) -> str:
-    out = io.StringIO()
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure)
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    return out.getvalue()
