@@ -8,8 +8,8 @@ with the rescaling and the tensor core's own steps. What these pass barriers in 
 products but comes on top of them, so blocks are handed over four at a time, a run.
 
 The order is that of `_weights_kernel` and `_chain_kernel` in `triton_phases.py`, instruction by instruction.
-Triton's interpreter does not know Gluon, so they are the text that runs on the CPU, and serve wherever this
-kernel can't.
+Triton's interpreter does not know Gluon, so they serve on the CPU, and wherever else this kernel can't. Tests
+run this text, too.
 """
 
 from __future__ import annotations

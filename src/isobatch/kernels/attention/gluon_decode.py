@@ -4,7 +4,7 @@ As `triton_decode.py` has it, keys run down the tile. What is new is who waits f
 in rings that the bulk copy engine fills, so that a program has many blocks on their way and 64 programs draw
 all of the memory's bandwidth; and the next block's scores are begun before this block's weights are taken.
 
-Triton's interpreter does not know Gluon: `triton_decode.py` is the text that runs on the CPU.
+Triton's interpreter does not know Gluon: `triton_decode.py` serves on the CPU. Tests run this text, too.
 
 Shape letters: R requests, H heads, Hkv key/value heads, G = H / Hkv, HEADS = G padded, D head size, PARTS of
 64 columns that a head is cut into.

@@ -13,7 +13,7 @@ all of them, or else gathered from their pages.
 A value that is NaN or infinite spoils rows that do not see it, since a weight of zero is no help against it.
 Tiles whose result is not finite say so, and `triton_again.py` computes them again, with care.
 
-Triton's interpreter does not know Gluon: `triton.py` is the text that runs on the CPU.
+Triton's interpreter does not know Gluon: `triton.py` serves on the CPU. Tests run this text, too.
 
 Shape letters: T query rows, H heads, Hkv key/value heads, G = H / Hkv, D head size.
 """

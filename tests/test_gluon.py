@@ -1,0 +1,268 @@
+"""The kernels in Gluon, interpreted: the canonical bits, whoever among their warps is fast or slow.
+
+Where there is a GPU they run there (`tests/test_gpu_attention.py`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from isobatch.bits import bits_equal
+from isobatch.kernels.attention import gluon_chain, gluon_decode, gluon_prefill, gluon_steps, triton_phases
+from isobatch.kernels.attention.gluon_decode import Streamed, attention_streamed
+from isobatch.kernels.attention.gluon_prefill import attention_fed
+from isobatch.kernels.attention.gpu_record import (
+    ATTENTION_GPU,
+    GPU_ATTENTION,
+    GpuAttentionCase,
+    numbers,
+    side_by_side,
+)
+from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
+from isobatch.kernels.attention.triton import Tile, attention_tiled
+from isobatch.kernels.attention.triton_phases import attention_phases
+from isobatch.kernels.gpu.device import INTERPRETED, dtypes
+from isobatch.kernels.registry import Member
+from tests.gluon_interpreter import interpreted
+from tests.gluon_threads import HandoverError, give_way
+
+pytestmark = [
+    pytest.mark.skipif(not INTERPRETED, reason="a GPU runs them itself"),
+    # NumPy, where an inert row divides zero by zero.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+CANONICAL = ATTENTION_GPU.members[0]
+# Of the same bits (`tests/test_gpu_attention.py`), and many rows at once.
+TILES = Member("tiles", partial(attention_tiled, tile=Tile(64, 4, 1, packed=False)), GPU_ATTENTION)
+SEEDS = range(3)
+HEADS = [(2, 64), (8, 96), (32, 64)]
+"""How many, and their size: groups of 1, 4 and 16, and heads in one part or two."""
+Serve = Callable[..., torch.Tensor]
+Spans = tuple[tuple[int, int], ...]
+
+
+@cache
+def case_of(spans: Spans, heads: int, D: int, canonical: Member = CANONICAL) -> tuple[Any, torch.Tensor]:
+    """Requests with queries from one position up to another, of two key/value heads; and what is expected."""
+    name = f"gluon/{spans}/{heads}/{D}"
+    q, k, v = numbers(name, len(spans), max(end for _, end in spans), heads, 2, D, dtypes()[0])
+    queries = tuple((r, position) for r, span in enumerate(spans) for position in range(*span))
+    case = GpuAttentionCase(queries, q, k, v, fill=float("nan"))
+    return case, case.call(canonical)[0]
+
+
+def last_of(*contexts: int) -> Spans:
+    return tuple((context - 1, context) for context in contexts)
+
+
+def gives(case: GpuAttentionCase, expected: torch.Tensor, serve: Serve) -> bool:
+    return bits_equal(case.call(Member("gluon", serve, GPU_ATTENTION))[0], expected)
+
+
+@contextmanager
+def planted(module: ModuleType, function: str, old: str, new: str) -> Iterator[None]:
+    """A function of an interpreted module, with a fault in its text."""
+    text = textwrap.dedent(inspect.getsource(getattr(module, function)))
+    text = text[text.index("def ") :]
+    assert text.count(old) == 1, (function, old)
+    made: dict[str, Any] = {}
+    exec(compile(text.replace(old, new), f"<{function}>", "exec"), vars(module), made)
+    with patch.object(module, function, made[function]):
+        yield
+
+
+@contextmanager
+def streaming(seed: int, programs: int) -> Iterator[Serve]:
+    """Decode by `gluon_decode.py`, on a GPU of so many multiprocessors."""
+    with (
+        interpreted([gluon_decode, gluon_steps], "_decode_kernel", seed),
+        patch.object(gluon_decode, "multiprocessors", lambda: programs),
+    ):
+        yield attention_streamed
+
+
+@contextmanager
+def phased(seed: int, places: int) -> Iterator[Serve]:
+    """Decode in phases, whose scores come while the chain runs: blocks in any order, their counts later."""
+    draw = random.Random(seed)
+    chain = gluon_chain.chain
+
+    def late(
+        scores: torch.Tensor, maxima: torch.Tensor, counts: torch.Tensor, *rest: Any, count: int, blocks: int
+    ) -> None:
+        have = scores.clone().view(counts.shape[0], blocks, -1)
+        tops, last = maxima.clone().view(counts.shape[0], blocks, -1), counts.clone()
+        scores.fill_(float("nan"))
+        maxima.fill_(float("nan"))
+        counts.zero_()
+        missing = [(g, n) for g in range(len(have)) for n in range(blocks) if last[g, 0, n // 4] > 0]
+        draw.shuffle(missing)
+
+        def publish() -> None:
+            while missing:
+                g, n = missing[-1]
+                give_way()
+                maxima.view_as(tops)[g, n] = tops[g, n]
+                give_way()
+                scores.view_as(have)[g, n] = have[g, n]
+                for slice_ in range(counts.shape[1]):
+                    give_way()
+                    if counts[g, slice_, n // 4] < last[g, slice_, n // 4]:
+                        counts[g, slice_, n // 4] += 1
+                missing.pop()
+
+        kernel.beside, kernel.waited = lambda: (publish,), lambda: not missing
+        chain(scores, maxima, counts, *rest, count=count, blocks=blocks)
+        assert not missing
+        assert not counts.any(), "the next layer counts from zero"
+
+    with (
+        interpreted([gluon_chain, gluon_steps], "_chain_kernel", seed) as kernel,
+        patch.object(gluon_chain, "chain", late),
+        patch.object(triton_phases, "gluon_runs", lambda: True),
+        patch.object(triton_phases, "multiprocessors", lambda: places),
+    ):
+        yield attention_phases
+
+
+@contextmanager
+def feeding(seed: int, programs: int) -> Iterator[Serve]:
+    """Prefill by `gluon_prefill.py`."""
+    with (
+        interpreted([gluon_prefill, gluon_steps], "_prefill_kernel", seed),
+        patch.object(gluon_prefill, "multiprocessors", lambda: programs),
+    ):
+        yield attention_fed
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("heads", "D"), HEADS)
+def test_decode_gives_the_canonical_bits(heads: int, D: int, seed: int) -> None:
+    world = case_of(last_of(300, 1, 127, 128, 129), heads, D)
+    with streaming(seed, programs=1 + seed) as serve:
+        for stages in (1, 2, 3):
+            assert gives(*world, partial(serve, streamed=Streamed(stages)))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("heads", "D"), HEADS)
+def test_chain_gives_the_canonical_bits_while_scores_come(heads: int, D: int, seed: int) -> None:
+    with phased(seed, places=(2, 40, 132)[seed]) as serve:
+        assert gives(*case_of(last_of(1700, 1, 512, 513), heads, D), serve)
+
+
+def fed(case: GpuAttentionCase, feed: Serve, at_hand: bool) -> Serve:
+    """All requests' chunks; their keys as the step has them, or gathered from their pages."""
+
+    def serve(q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float) -> torch.Tensor:
+        own = None
+        if at_hand:
+            key, value = (torch.stack([x[r, p] for r, p in case.queries]) for x in (case.k, case.v))
+            q, own = side_by_side(q, key, value)
+        out = torch.empty(q.shape, dtype=q.dtype)
+        return feed(q, cache, rows, scale, chosen=tuple(range(len(rows.queries))), own=own, out=out)
+
+    return serve
+
+
+PROMPTS = ((0, 200), (130, 300), (0, 1), (5, 129))
+"""Fresh ones, and chunks after prefixes; tiles that are full, and others."""
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("D", [64, 128])
+def test_prefill_gives_the_canonical_bits(D: int, seed: int) -> None:
+    case, expected = case_of(PROMPTS, 4, D, TILES)
+    with feeding(seed, programs=2 + seed) as feed:
+        assert gives(case, expected, fed(case, feed, at_hand=seed % 2 == 1))
+
+
+DECODED = last_of(1700, 300, 1), 8, 64
+FAULTS: dict[str, tuple[str, tuple[ModuleType, str, str, str]]] = {
+    "values are not waited for": (
+        "decode",
+        (
+            gluon_decode,
+            "_consume",
+            "mbarrier.wait(values_ready.index(s), (turn // STAGES) & 1)",
+            "pass",
+        ),
+    ),
+    "keys are given back before they are read": (
+        "decode",
+        (
+            gluon_decode,
+            "_consume",
+            "coming = _scores(keys, after",
+            "mbarrier.arrive(keys_free.index(after))\n            coming = _scores(keys, after",
+        ),
+    ),
+    "scores are not waited for": ("chain", (gluon_chain, "_scored", "known <= g", "False")),
+    "runs are given back before they are read": (
+        "chain",
+        (
+            gluon_chain,
+            "_consume",
+            "mbarrier.wait(ready.index(s), (g // RUNS) & 1)",
+            "mbarrier.wait(ready.index(s), (g // RUNS) & 1)\n        mbarrier.arrive(free.index(s))",
+        ),
+    ),
+    "counts are not zeroed": (
+        "chain",
+        (
+            gluon_chain,
+            "_consume",
+            "for first in range(0, gl.cdiv(blocks, RUN), 128):",
+            "for first in ():",
+        ),
+    ),
+    "a prompt's values are not waited for": (
+        "prefill",
+        (
+            gluon_prefill,
+            "_advance",
+            "mbarrier.wait(values_ready.index(vs), (block // VALUES) & 1)",
+            "pass",
+        ),
+    ),
+    "one of two groups gives a block back": (
+        "prefill",
+        (
+            gluon_prefill,
+            "_advance",
+            "mbarrier.arrive(free.index(block % KEYS))",
+            "[mbarrier.arrive(free.index(block % KEYS)) for _ in range(2)]",
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_control_planted_fault_is_caught(fault: str) -> None:
+    kernel, where = FAULTS[fault]
+    if kernel == "prefill":
+        case, expected = case_of(PROMPTS, 4, 64, TILES)
+        with feeding(0, programs=3) as feed, planted(*where):
+            caught(case, expected, fed(case, feed, at_hand=False))
+    elif kernel == "decode":
+        with streaming(0, programs=2) as serve, planted(*where):
+            caught(*case_of(*DECODED), partial(serve, streamed=Streamed(2)))
+    else:
+        with phased(0, places=132) as serve, planted(*where):
+            caught(*case_of(*DECODED), serve)
+
+
+def caught(case: GpuAttentionCase, expected: torch.Tensor, serve: Serve) -> None:
+    with pytest.raises((AssertionError, HandoverError)):
+        assert gives(case, expected, serve)
