@@ -74,6 +74,13 @@ def group(root: ElementTree.Element, gid: str) -> ElementTree.Element:
     return found
 
 
+def ends(root: ElementTree.Element, gid: str) -> tuple[float, float]:
+    """Of a bar, from left to right."""
+    path = next(group(root, gid).iter(f"{SVG}path"))
+    xs = [float(number) for number in re.findall(r"[ML] (\S+) \S+", path.get("d", ""))]
+    return min(xs), max(xs)
+
+
 def markers(root: ElementTree.Element, gid: str) -> list[tuple[float, float]]:
     uses = group(root, gid).iter(f"{SVG}use")
     return [(float(use.get("x", "nan")), float(use.get("y", "nan"))) for use in uses]
@@ -121,11 +128,10 @@ def test_parts_of_a_bar_are_as_wide_as_their_shares(file: Path) -> None:
     for batch in (1, 1000):
         widths, at = [], math.nan
         for kind, _ in KINDS:
-            path = next(group(root, f"batch-{batch}-{kind}").iter(f"{SVG}path"))
-            xs = [float(number) for number in re.findall(r"[ML] (\S+) \S+", path.get("d", ""))]
-            assert math.isnan(at) or min(xs) == pytest.approx(at, abs=0.01), "one begins where another ends"
-            at = max(xs)
-            widths.append(at - min(xs))
+            left, right = ends(root, f"batch-{batch}-{kind}")
+            assert math.isnan(at) or left == pytest.approx(at, abs=0.01), "one begins where another ends"
+            at = right
+            widths.append(right - left)
         assert [w / sum(widths) for w in widths] == pytest.approx([share for _, share in KINDS], abs=1e-3)
     text = said(root)
     assert text.count("4.60 ms") == 2
@@ -137,9 +143,8 @@ def test_parts_of_a_bar_are_as_wide_as_their_shares(file: Path) -> None:
 def widths(root: ElementTree.Element, engine: str) -> list[float]:
     found = []
     for workload in ("1-x-128-in-256-out", "8-x-6000-in-64-out"):
-        path = next(group(root, f"{engine}-{workload}").iter(f"{SVG}path"))
-        xs = [float(number) for number in re.findall(r"[ML] (\S+) \S+", path.get("d", ""))]
-        found.append(max(xs) - min(xs))
+        left, right = ends(root, f"{engine}-{workload}")
+        found.append(right - left)
     return found
 
 
@@ -232,6 +237,8 @@ def test_part_that_is_lacking_is_named_and_the_rest_drawn(
         ("{", "is no results file; expected JSON"),
         ("[]", "is no results file; got list"),
         ('{"points": [{"us": 1}], "model": "tiny"}', "not of this version"),
+        ('{"points": [1], "model": "tiny"}', "not of this version"),
+        ('{"points": 1, "model": "tiny"}', "not of this version"),
     ],
 )
 def test_what_is_no_results_file_is_refused(

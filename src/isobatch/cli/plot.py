@@ -47,8 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     report = _read(path)
     folder = arguments.out or path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    whole = any("workload" in point for point in report.get("points", ()))
-    plots, measure = (serve_plots.PLOTS, _WORKLOADS) if whole else (step_plots.PLOTS, _MEASURE)
+    plots, measure = (serve_plots.PLOTS, _WORKLOADS) if _whole(report) else (step_plots.PLOTS, _MEASURE)
     lacking = []
     for name, plot in plots.items():
         try:
@@ -73,6 +72,12 @@ def run(arguments: argparse.Namespace) -> int:
             fix=f"run `{_MEASURE}`",
         )
     return 0
+
+
+def _whole(report: dict[str, Any]) -> bool:
+    """Whether these are workloads; what is neither is found out when it is drawn."""
+    points = report.get("points")
+    return isinstance(points, list) and any(isinstance(one, dict) and "workload" in one for one in points)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -7,13 +7,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from isobatch.cli.svg import COLORS, INK, measured, svg
+from isobatch.cli.svg import COLORS, INK, identifier, measured, svg
 
 _STOCK = "torch's kernels, same engine"
 _BAR = 0.8  # of a workload's place, shared by its engines
 
 
-def _workloads(report: dict[str, Any]) -> str | None:
+def _workloads(report: dict[str, Any]) -> str:
     """Each engine's time over ours, and the floor as a line."""
     points = report["points"]
     times = {"isobatch": [point["seconds"] for point in points]}
@@ -31,7 +31,7 @@ def _workloads(report: dict[str, Any]) -> str | None:
             over = [theirs / mine for theirs, mine in zip(seconds, ours, strict=True)]
             bars = axes.barh(at, over, height * 0.9, color=color, label=engine)
             for bar, workload in zip(bars, points, strict=True):
-                bar.set_gid(f"{engine}-{workload['workload']}".replace(", ", "-").replace(" ", "-"))
+                bar.set_gid(identifier(f"{engine}-{workload['workload']}"))
             axes.bar_label(bars, [f"{value:.2f} s" for value in seconds], padding=3, fontsize=9, color=INK)
         floors = [point["floor_s"] / point["seconds"] for point in points]
         ends = [row + sign * _BAR / 2 for row in range(len(points)) for sign in (-1, 1)]

@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter
 
 from isobatch.cli.goals import Point
 from isobatch.cli.step_profile import KERNELS
-from isobatch.cli.svg import COLORS, INK, measured, svg
+from isobatch.cli.svg import COLORS, INK, identifier, measured, svg
 from isobatch.cli.workloads import CONTEXT, FEW
 
 _LABELLED = 0.04  # a narrower part of a bar has no room for a number
@@ -93,8 +93,8 @@ def _series(axes: Axes, points: list[Point], quantity: str, name: str, color: st
     points = sorted(points, key=lambda point: point[quantity])
     x = [point[quantity] for point in points]
     for label, key, look in ((name, "us", "o-"), (f"{name}, floor", "floor_us", ".--")):
-        gid = label.replace(", ", "-").replace(" ", "-")
-        axes.plot(x, [point[key] / 1e3 for point in points], look, color=color, label=label, gid=gid)
+        y = [point[key] / 1e3 for point in points]
+        axes.plot(x, y, look, color=color, label=label, gid=identifier(label))
     axes.legend()
 
 
@@ -104,7 +104,7 @@ def _bar(axes: Axes, row: int, profile: dict[str, Any]) -> None:
     for kind in profile["kinds"]:
         share = 100 * kind["share"]
         (part,) = axes.barh(row, share, 0.6, left, color=colors[kind["kind"]], label=kind["kind"])
-        part.set_gid(f"batch-{profile['batch']}-{kind['kind']}".replace(", ", "-").replace(" ", "-"))
+        part.set_gid(identifier(f"batch-{profile['batch']}-{kind['kind']}"))
         if kind["share"] >= _LABELLED:
             axes.text(left + share / 2, row, f"{share:.0f}", color="white", ha="center", va="center")
         left += share

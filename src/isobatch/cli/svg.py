@@ -55,6 +55,15 @@ def measured(report: dict[str, Any]) -> str:
     return f"{report['model']} on {gpu}"
 
 
+def identifier(label: str) -> str:
+    """What a part of the drawing is called in the file.
+
+    Args:
+        label: as the reader has it.
+    """
+    return label.replace(", ", "-").replace(" ", "-")
+
+
 def svg(draw: Callable[[Figure], None], size: tuple[float, float]) -> str:
     """What `draw` draws.
 
