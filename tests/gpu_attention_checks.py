@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 
 from isobatch.bits import bits_equal
-from isobatch.kernels.attention import triton_phases
+from isobatch.kernels.attention import triton_again, triton_phases
 from isobatch.kernels.attention.gather import gather
 from isobatch.kernels.attention.gpu_record import (
     ATTENTION_GPU,
@@ -24,10 +24,11 @@ from isobatch.kernels.attention.gpu_record import (
     draw,
     numbers,
 )
-from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
+from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows, cut
 from isobatch.kernels.attention.gpu_serve import batches
 from isobatch.kernels.attention.padded import into_batch, out_of_batch, planned
 from isobatch.kernels.attention.triton import Tile, attention_row, attention_tiled
+from isobatch.kernels.attention.triton_again import attention_again
 from isobatch.kernels.attention.triton_decode import Down, attention_down
 from isobatch.kernels.attention.triton_phases import attention_phases
 from isobatch.kernels.attention.triton_write import write_kv
@@ -324,6 +325,37 @@ def _nobody_waits(case: GpuAttentionCase) -> torch.Tensor:
             out = run()[0]
         graph.replay()
     return out
+
+
+def spoilt_pieces_alone_are_computed_again() -> None:
+    """Whether a program has one piece to look through, some, or all of them."""
+    ends, heads = (200, 130, 1, 65), 4
+    q, k, v = numbers("again", len(ends), max(ends), heads, 2, 64, dtypes()[0])
+    case = GpuAttentionCase(tuple((r, p) for r, end in enumerate(ends) for p in range(end)), q, k, v)
+    expected = case.call(MEMBERS[0])[0]
+
+    def run(
+        q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float, spoils: Callable[[int], bool]
+    ) -> torch.Tensor:
+        tiles = cut(rows.queries, rows.contexts, range(len(ends)), 1, 128)
+        spoilt, wanted = torch.zeros(len(tiles[0]), heads, 128, dtype=torch.int8), torch.full_like(q, 7)
+        for number in range(len(tiles[0]) * heads * 2):
+            tile, head, piece = number // (2 * heads), number // 2 % heads, number % 2
+            request, first = tiles[0][tile], tiles[1][tile] + 64 * piece
+            count = min(64, rows.queries[request] - first)
+            if count > 0 and spoils(number):
+                spoilt[tile, head, 64 * piece + number % count] = 1
+                own = slice(rows.begins[request] + first, rows.begins[request] + first + count)
+                wanted[own, head] = expected[own, head]
+        out = torch.full_like(q, 7)
+        attention_again(q, cache, rows, scale, rows.upload([*tiles]), spoilt.to(q.device), out=out)
+        assert bits_equal(out, wanted)
+        return out
+
+    for programs in (1, 3, 132):
+        for spoils in (lambda n: n in {3, 4, 13, 30}, lambda n: n % 3 > 0, lambda _: False):
+            with patch.object(triton_again, "multiprocessors", lambda programs=programs: programs):
+                case.call(Member("again", partial(run, spoils=spoils), GPU_ATTENTION))
 
 
 def lengths_that_are_planned_are_few() -> None:

@@ -39,6 +39,7 @@ CHECKS = (
     "padded_requests_are_inert_and_zero",
     "requests_without_queries_are_inert",
     "a_seen_infinity_is_what_the_sum_gives",
+    "spoilt_pieces_alone_are_computed_again",
     "gathered_keys_are_copies",
     "a_batch_holds_whole_prompts_and_zeros",
     "lengths_that_are_planned_are_few",

@@ -21,34 +21,45 @@ _ROWS = 64  # of a piece of a tile: more, with care, would take more registers t
 
 
 @triton.jit
+def _marks(spoilt, items, end, ROWS: tl.constexpr):
+    """Of the rows of those pieces before `end`, [items, ROWS]."""
+    at = spoilt + items.to(tl.int64)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+    return tl.load(at, mask=(items < end)[:, None], other=0)
+
+
+@triton.jit
 def _again_kernel(
     q, k, v, out, query_starts, context_lengths, block_tables, tiles, spoilt, c,
     q_row, q_head, out_row, table_row, count, each,
     block_stride: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
     PIECES: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """A program looks through `each` of the pieces of all heads' tiles."""
+    """A program looks through `each` of the pieces of all heads' tiles.
+
+    It looks at all before it does any: what the second loop prepares would else be prepared by every program.
+    """
     inputs_ready()
     next_may_begin()
     begin = tl.program_id(0) * each
     end = tl.minimum(begin + each, count * H * PIECES)
+    found = tl.zeros((AT_ONCE, ROWS), tl.int8)
     for start in range(begin, end, AT_ONCE):
-        item = start + tl.arange(0, AT_ONCE)
-        marks = spoilt + item.to(tl.int64)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-        marked = tl.max(tl.load(marks, mask=(item < end)[:, None], other=0).to(tl.int32), 1)
-        if tl.max(marked, 0) > 0:
-            for i in range(AT_ONCE):
-                if tl.sum(tl.where(tl.arange(0, AT_ONCE) == i, marked, 0), 0) > 0:
-                    piece, head = (start + i) % PIECES, (start + i) // PIECES % H
-                    tile = (start + i) // (PIECES * H)
-                    request, first = tl.load(tiles + tile), tl.load(tiles + count + tile) + piece * ROWS
-                    row = tl.load(query_starts + request)
-                    queries = tl.load(query_starts + request + 1) - row
-                    attend_tile(
-                        q, k, v, out, block_tables, c, q_row, q_head, out_row, table_row, request, first,
-                        head, row, queries, tl.load(context_lengths + request),
-                        block_stride, G, D, WIDTH, ROWS, ROWS, False, False, True, True, True, 1,
-                    )  # fmt: skip
+        found |= _marks(spoilt, start + tl.arange(0, AT_ONCE), end, ROWS)
+    if tl.max(tl.reshape(found, (AT_ONCE * ROWS,)).to(tl.int32), 0) == 0:
+        return
+    for item in range(begin, end):
+        mark = _marks(spoilt, item + tl.arange(0, 1), end, ROWS)
+        if tl.max(tl.reshape(mark, (ROWS,)).to(tl.int32), 0) > 0:
+            piece, head = item % PIECES, item // PIECES % H
+            tile = item // (PIECES * H)
+            request, first = tl.load(tiles + tile), tl.load(tiles + count + tile) + piece * ROWS
+            row = tl.load(query_starts + request)
+            queries = tl.load(query_starts + request + 1) - row
+            attend_tile(
+                q, k, v, out, block_tables, c, q_row, q_head, out_row, table_row, request, first,
+                head, row, queries, tl.load(context_lengths + request),
+                block_stride, G, D, WIDTH, ROWS, ROWS, False, False, True, True, True, 1,
+            )  # fmt: skip
 
 
 def attention_again(

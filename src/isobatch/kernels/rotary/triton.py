@@ -90,4 +90,4 @@ def rotary(x: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: tor
         Row t depends on x[t] and positions[t] alone.
     """
     heads = min(32, triton.next_power_of_2(x.shape[1]))
-    return rotary_tiled(x, positions, cos, sin, heads=heads, warps=max(1, heads // 4))
+    return rotary_tiled(x, positions, cos, sin, heads=heads, warps=max(1, heads // 8))
