@@ -57,6 +57,46 @@ def test_a_kernel_that_is_launched_early_and_does_not_wait_is_found() -> None:
     assert (ran.returncode, ran.stdout) == (0, "[False, True, True, False, True, True]\n"), ran.stderr
 
 
+# Steps that differ in nothing but their size: what a number is divisible by, or that it is one, among it.
+_SIZES = """
+from tests import compile_gpu_kernels as script
+compiled = script._compile_only()
+import torch
+from isobatch.kernels.attention.gpu_record import ATTENTION_GPU, GpuAttentionCase, numbers
+from isobatch.kernels.gpu.catalogue import GPU_RECORDS
+
+def anew(name, member, cases):
+    known = None
+    for case in cases:
+        compiled.clear()
+        case.call(member)
+        names = {(kernel.metadata.name, kernel.hash) for kernel in compiled}
+        if known is not None and names - known:
+            print(name, sorted(kernel for kernel, _ in names - known))
+        known = names | (known or set())
+
+for record in GPU_RECORDS.values():
+    if record.name != "attention":
+        draws = (record.draw(f"sizes/{rows}", rows, record.variants[0]) for rows in (304, 300, 301, 337, 352))
+        anew(record.name, record.member(record.production), draws)
+q, k, v = numbers("sizes", 33, 640, 8, 2, 128, torch.bfloat16)
+steps = {
+    "prompts": [[(r, p) for r in range(count) for p in range(40)] for count in (17, 16, 1)],
+    "decode": [[(r, 639 - r) for r in range(count)] for count in (32, 17, 33)],
+}
+for member in ATTENTION_GPU.members:
+    for what, queries in steps.items():
+        cases = (GpuAttentionCase(tuple(step), q, k, v) for step in queries)
+        anew(f"{member.name}, {what}", member, cases)
+print("done")
+"""
+
+
+def test_a_step_of_another_size_compiles_nothing_anew() -> None:
+    ran = _run("-c", _SIZES)
+    assert (ran.returncode, ran.stdout) == (0, "done\n"), ran.stderr
+
+
 def test_a_tile_that_wants_too_much_shared_memory_is_found() -> None:
     ran = _run("-c", _TOO_LARGE)
     assert ran.returncode == 0, ran.stderr

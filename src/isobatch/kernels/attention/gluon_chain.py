@@ -231,7 +231,7 @@ def _consume(
     gl.store(out + column[None, :] * D + d[:, None], result.to(out.dtype.element_ty), mask=inside)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["most_blocks"])
 def _chain_kernel(
     v, scores, maxima, counts, out, query_starts, context_lengths, block_tables, requests,
     out_row, table_row, most_blocks,

@@ -258,7 +258,7 @@ def _consume(
     gdc_launch_dependents()
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["items"])
 def _decode_kernel(
     q, k, v, out, query_starts, context_lengths, block_tables, requests, c,
     q_row, q_head, out_row, table_row, kv_heads, items,

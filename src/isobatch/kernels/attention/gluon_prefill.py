@@ -237,7 +237,7 @@ def _consume(feed, D: gl.constexpr, KEYS: gl.constexpr, VALUES: gl.constexpr, WH
     gdc_launch_dependents()
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["count", "items", "head_rows"])
 def _prefill_kernel(
     q, k, v, whole_out, out, spoilt, table, c, count, heads, group, items, out_row, head_rows, head_columns,
     D: gl.constexpr, KEYS: gl.constexpr, VALUES: gl.constexpr,

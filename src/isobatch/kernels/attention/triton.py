@@ -175,7 +175,7 @@ def attend_tile(
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _attention_kernel(
     q, k, v, out, query_starts, context_lengths, block_tables, requests, tiles, c,
     q_row, q_head, out_row, table_row, count,

@@ -27,7 +27,7 @@ def _marks(spoilt, items, end, ROWS: tl.constexpr):
     return tl.load(at, mask=(items < end)[:, None], other=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "each"])
 def _again_kernel(
     q, k, v, out, query_starts, context_lengths, block_tables, tiles, spoilt, c,
     q_row, q_head, out_row, table_row, count, each,

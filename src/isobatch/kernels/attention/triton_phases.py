@@ -55,7 +55,7 @@ def _context(query_starts, context_lengths, request):
     return tl.where(served, tl.load(context_lengths + request), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _scores_kernel(
     q, k, scores, maxima, counts, query_starts, context_lengths, block_tables, requests, c,
     q_row, q_head, table_row, blocks,
@@ -112,7 +112,7 @@ def _scores_kernel(
         release(counter + last // RUN, runs * 4, READERS, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _weights_kernel(
     scores, maxima, weights, alphas, sums, query_starts, context_lengths, requests, blocks,
     G: tl.constexpr, HEADS: tl.constexpr, LOOK: tl.constexpr,
@@ -175,7 +175,7 @@ def _chain_blocks(
     return acc, lanes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _chain_kernel(
     weights, alphas, sums, v, out, query_starts, context_lengths, block_tables, requests,
     out_row, table_row, blocks,

@@ -113,11 +113,10 @@ def _choose_kernel(
     tl.store(counts + chunk * EXPERTS + e, tl.sum(taken, 0))
 
 
-@triton.jit(do_not_specialize=["T", "chunks"])
+@triton.jit(do_not_specialize=["T", "chunks", "most_tiles"])
 def _place_kernel(
-    experts, ranks, counts, rows, tokens, starts, tile_experts, tile_rows, T, chunks,
-    ACTIVE: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
-    MOST_TILES: tl.constexpr, BLOCK: tl.constexpr,
+    experts, ranks, counts, rows, tokens, starts, tile_experts, tile_rows, T, chunks, most_tiles,
+    ACTIVE: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Where each copy of one chunk goes; the first program also lists the tiles of the grouped products."""
     inputs_ready()
@@ -137,8 +136,8 @@ def _place_kernel(
         tiles = (total + ROWS - 1) // ROWS
         first = tl.cumsum(tiles, 0) - tiles
         used = tl.sum(tiles, 0)
-        for i in range(0, MOST_TILES, EXPERTS):
-            tl.store(tile_experts + i + e, -1, mask=(i + e >= used) & (i + e < MOST_TILES))
+        for i in range(0, most_tiles, EXPERTS):
+            tl.store(tile_experts + i + e, -1, mask=(i + e >= used) & (i + e < most_tiles))
         for j in range(tl.cdiv(T, ROWS)):
             tl.store(tile_experts + first + j, e, mask=j < tiles)
             tl.store(tile_rows + first + j, start + j * ROWS, mask=j < tiles)
@@ -233,8 +232,7 @@ def route(logits: torch.Tensor, active: int, tile_rows: int, *, renormalise: boo
         ACTIVE=active, EXPERTS=padded, CHUNK=chunk, RENORMALISE=renormalise, num_warps=warps, **early(),
     )  # fmt: skip
     _place_kernel[(chunks,)](
-        experts, ranks, counts, rows, tokens, starts, tile_experts, tile_starts, T, chunks,
-        ACTIVE=active, EXPERTS=padded, CHUNK=chunk, ROWS=tile_rows, MOST_TILES=most_tiles, BLOCK=16,
-        num_warps=warps, **early(),
+        experts, ranks, counts, rows, tokens, starts, tile_experts, tile_starts, T, chunks, most_tiles,
+        ACTIVE=active, EXPERTS=padded, CHUNK=chunk, ROWS=tile_rows, BLOCK=16, num_warps=warps, **early(),
     )  # fmt: skip
     return Routing(weights, rows, tokens, starts[1], tile_experts, tile_starts)
