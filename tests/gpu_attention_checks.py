@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 
 from isobatch.bits import bits_equal
-from isobatch.kernels.attention import triton_again, triton_phases
+from isobatch.kernels.attention import triton, triton_again, triton_phases
 from isobatch.kernels.attention.gather import gather
 from isobatch.kernels.attention.gpu_record import (
     ATTENTION_GPU,
@@ -379,6 +379,32 @@ def variant_kernels_are_refused() -> None:
     """
     assert not certify(ATTENTION_GPU, Member("split", _split_keys, GPU_ATTENTION), ROWS).member
     assert not certify(ATTENTION_GPU, ATTENTION_GPU.stock, ROWS).member
+    if INTERPRETED:  # where a part of a kernel can be replaced
+        assert not certify(ATTENTION_GPU, Member("unscaled", _unscaled, GPU_ATTENTION), ROWS).member
+
+
+def _unscaled(q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float) -> torch.Tensor:
+    """What was summed before a maximum moved is left as it was."""
+    softmax = triton.softmax_block
+
+    def faulty(*arguments: Any) -> tuple[Any, ...]:
+        p, alpha, m, lanes = softmax(*arguments)
+        return p, alpha * 0 + 1, m, lanes
+
+    with patch.object(triton, "softmax_block", faulty):
+        return attention_tiled(q, cache, rows, scale, tile=Tile(16, 1, 1, packed=True))
+
+
+def maxima_move_in_some_blocks_and_not_in_others() -> None:
+    """Where none ever moves after the first block, nobody who forgets to rescale is found."""
+    for variant in ATTENTION_GPU.variants:
+        case = draw("maxima", 1, variant)
+        last, group = case.q[2, -1].double(), case.q.shape[2] // case.k.shape[2]
+        scores = torch.einsum("hd,jhd->hj", last, case.k[2].double().repeat_interleave(group, 1))
+        tops = scores.unflatten(1, (-1, 128)).amax(2).cummax(1).values
+        moves = tops[:, 1:] > tops[:, :-1]
+        assert moves.any(1).all(), variant
+        assert INTERPRETED or not moves.all(1).any(), variant  # the interpreter's contexts are two blocks
 
 
 def _split_keys(q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float) -> torch.Tensor:

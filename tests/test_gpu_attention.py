@@ -45,6 +45,7 @@ CHECKS = (
     "lengths_that_are_planned_are_few",
     "requests_in_a_batch_are_nearly_as_long",
     "variant_kernels_are_refused",
+    "maxima_move_in_some_blocks_and_not_in_others",
     "head_sizes_and_groups",
     "write_kv_takes_any_strides",
 )

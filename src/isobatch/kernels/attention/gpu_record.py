@@ -110,13 +110,18 @@ def numbers(
     Kept, since certification asks for the same ones at many row counts and drawing them takes the longest.
 
     A key is that of 128 places before, and its value nearly the negative: what is left of a sum is rounding.
+    In the second block and every sixth from there all weights are about doubled, and values halved: there the
+    maximum moves, and what was summed before is rescaled.
     """
     q = floats(f"{name}/q", requests, length, H, D, kind="plain")
     k = floats(f"{name}/k", requests, length, Hkv, D, kind="plain")
     v = floats(f"{name}/v", requests, length, Hkv, D)
+    q[..., 0], k[..., 0] = 1, 0
     for at in range(128, length):
+        moves = at // 128 % 6 == 1
         k[:, at] = k[:, at - 128]
-        v[:, at] = -v[:, at - 128] * (1 + 2.0**-10)
+        k[:, at, :, 0] += math.sqrt(D) * math.log(2) if moves else 0
+        v[:, at] = -v[:, at - 128] * (1 + 2.0**-10) / (2 if moves else 1)
     return q.to(device(), dtype), k.to(device(), dtype), v.to(device(), dtype)
 
 
