@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 
 from isobatch.bits import bits_equal
-from isobatch.kernels.attention import triton, triton_again, triton_phases
+from isobatch.kernels.attention import triton, triton_again, triton_phases, triton_steps
 from isobatch.kernels.attention.gather import gather
 from isobatch.kernels.attention.gpu_record import (
     ATTENTION_GPU,
@@ -385,10 +385,9 @@ def variant_kernels_are_refused() -> None:
 
 def _unscaled(q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float) -> torch.Tensor:
     """What was summed before a maximum moved is left as it was."""
-    softmax = triton.softmax_block
 
     def faulty(*arguments: Any) -> tuple[Any, ...]:
-        p, alpha, m, lanes = softmax(*arguments)
+        p, alpha, m, lanes = triton_steps.softmax_block(*arguments)
         return p, alpha * 0 + 1, m, lanes
 
     with patch.object(triton, "softmax_block", faulty):
@@ -401,7 +400,7 @@ def maxima_move_in_some_blocks_and_not_in_others() -> None:
         case = draw("maxima", 1, variant)
         last, group = case.q[2, -1].double(), case.q.shape[2] // case.k.shape[2]
         scores = torch.einsum("hd,jhd->hj", last, case.k[2].double().repeat_interleave(group, 1))
-        tops = scores.unflatten(1, (-1, 128)).amax(2).cummax(1).values
+        tops = scores.view(len(scores), -1, 128).amax(2).cummax(1).values
         moves = tops[:, 1:] > tops[:, :-1]
         assert moves.any(1).all(), variant
         assert INTERPRETED or not moves.all(1).any(), variant  # the interpreter's contexts are two blocks
