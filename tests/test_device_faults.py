@@ -74,7 +74,7 @@ def test_step_that_does_not_fit_is_cut_down(
     engine.scheduler.check()
     # What took the memory may be gone when there is work again.
     engine.add(asks[0].prompt, asks[0].params)
-    assert engine.scheduler.max_batch_tokens == engine.config.max_batch_tokens
+    assert engine.scheduler.max_batch_tokens == engine.config.step_tokens
 
 
 @pytest.mark.parametrize("make", [waits, late])

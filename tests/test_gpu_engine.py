@@ -21,7 +21,7 @@ from isobatch import LLM, SamplingParams
 from isobatch.config import EngineConfig
 from isobatch.engine.backend import fitted, open_model, sized
 from isobatch.engine.engine import Engine
-from isobatch.engine.memory import block_bytes, weight_bytes
+from isobatch.engine.memory import block_bytes, step_bytes, weight_bytes
 from isobatch.engine.output import Reply
 from isobatch.engine.verify import verify
 from isobatch.errors import ConfigError, OutOfMemoryError, UnknownKeyError
@@ -241,7 +241,7 @@ def test_cache_is_what_weights_and_a_step_leave(monkeypatch: pytest.MonkeyPatch)
     weights = weight_bytes(model, 2)
     assert weights == 16_381_470_720  # as published: 8.19 billion numbers
     assert 50 << 30 < found < free - weights
-    assert sized(EngineConfig(device="cuda", max_batch_tokens=8192), model).cache_bytes < found
+    assert sized(EngineConfig(device="cuda", max_batch_tokens=512), model).cache_bytes > found
     assert sized(EngineConfig(device="cuda", kv_cache_bytes=1 << 20), model).cache_bytes == 1 << 20
     assert sized(EngineConfig(), model).cache_bytes == 1 << 30
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (weights, weights))
@@ -250,6 +250,25 @@ def test_cache_is_what_weights_and_a_step_leave(monkeypatch: pytest.MonkeyPatch)
     random = EngineConfig(device="cuda", load="random")
     with pytest.raises(OutOfMemoryError, match=r"layers=\d+ would fit"):
         fitted(random, open_model("qwen3-8b", random))
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "tokens"), [(140, 8192), (80, 4096), (40, 1024), (24, 512), (17, 512), (8, 512)]
+)
+def test_a_step_takes_an_eighth_of_what_weights_leave(
+    gigabytes: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, free = preset("qwen3-8b").config(), gigabytes * 10**9
+    monkeypatch.setattr(gpu, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (free, free))
+    given = EngineConfig(device="cuda", kv_cache_bytes=1 << 20)
+    found = sized(given, model)
+    assert found.step_tokens == tokens
+    left = free - weight_bytes(model, 2) - (1 << 20)
+    assert tokens == 512 or 8 * step_bytes(model, found) <= left
+    assert tokens == 8192 or 8 * step_bytes(model, replace(found, max_batch_tokens=2 * tokens)) > left
+    assert sized(replace(given, max_batch_tokens=77), model).step_tokens == 77
+    assert EngineConfig(device="cuda").step_tokens == EngineConfig().step_tokens == 512
 
 
 def test_interrupted_table_is_shown_again(monkeypatch: pytest.MonkeyPatch) -> None:

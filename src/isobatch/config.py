@@ -17,6 +17,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Load = Literal["checkpoint", "random"]
 _DTYPES: dict[str, tuple[str, ...]] = {"cpu": ("float32",), "cuda": ("bfloat16", "float16")}
 _CACHE_BYTES = 1 << 30
+_STEP_TOKENS = 512
 _NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -33,7 +34,8 @@ class EngineConfig:
             the first of these.
         kv_cache_bytes: memory for keys and values, in bytes; None for 1 GiB, touched only as it fills, and in
             `LLM` on a GPU for all that the weights and a step's own tensors leave.
-        max_batch_tokens: the most tokens in one step. Longer prompts are cut into chunks.
+        max_batch_tokens: the most tokens in one step. Longer prompts are cut into chunks. None for 512, and
+            in `LLM` on a GPU for up to 8,192: as many as need an eighth of what weights and cache leave.
         max_batch_sequences: the most sequences running at once.
         max_context: the longest prompt and reply together, in tokens; None for the model's own limit.
         prefix_cache: whether prompts with a common beginning share its keys and values.
@@ -54,7 +56,7 @@ class EngineConfig:
     device: Device = "cpu"
     dtype: Dtype = "auto"
     kv_cache_bytes: int | None = None
-    max_batch_tokens: int = 512
+    max_batch_tokens: int | None = None
     max_batch_sequences: int = 256
     max_context: int | None = None
     prefix_cache: bool = True
@@ -78,7 +80,7 @@ class EngineConfig:
             )
         for name in ("kv_cache_bytes", "max_batch_tokens", "max_batch_sequences", "max_context", "layers"):
             value = getattr(self, name)
-            if value is None and name in ("kv_cache_bytes", "max_context", "layers"):
+            if value is None and name != "max_batch_sequences":
                 continue
             if type(value) is not int or value < 1:
                 raise ConfigError(f"bad {name}", expected="an integer of 1 or more", got=repr(value))
@@ -109,6 +111,11 @@ class EngineConfig:
     def cache_bytes(self) -> int:
         """For keys and values, with None resolved as far as it can be without a look at the device."""
         return _CACHE_BYTES if self.kv_cache_bytes is None else self.kv_cache_bytes
+
+    @property
+    def step_tokens(self) -> int:
+        """Of one step at most, with None resolved as far as it can be without a look at the device."""
+        return _STEP_TOKENS if self.max_batch_tokens is None else self.max_batch_tokens
 
     @property
     def number_bytes(self) -> int:

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from isobatch.config import EngineConfig
-from isobatch.engine.memory import available_bytes, cache_room, require, weight_bytes
+from isobatch.engine.memory import available_bytes, cache_room, require, step_room, weight_bytes
 from isobatch.engine.tokenizer import Tokenizer, load_tokenizer
 from isobatch.errors import MissingDependencyError, OutOfMemoryError
 from isobatch.kernels.cpu.random_weights import random_weights
@@ -70,19 +70,23 @@ def require_memory(config: EngineConfig, checkpoint: Checkpoint) -> None:
 
 
 def sized(config: EngineConfig, model: ModelConfig) -> EngineConfig:
-    """The settings, with a KV cache of what a GPU has left where they do not say how large it is to be.
+    """The settings, with steps and a KV cache as a GPU has room for them where they do not say how large.
 
     Raises:
         OutOfMemoryError: the weights and a step leave nothing.
         MissingDependencyError, UnsupportedOpError: as `make_ops`.
     """
-    if config.device != "cuda" or config.kv_cache_bytes is not None:
+    if config.device != "cuda" or None not in (config.kv_cache_bytes, config.max_batch_tokens):
         return config
     device = _gpu().device()
     if device.type != "cuda":  # the interpreter's
         return config
-    left = cache_room(model, config, torch.cuda.mem_get_info(device)[0])
-    return replace(config, kv_cache_bytes=left)
+    free = torch.cuda.mem_get_info(device)[0]
+    if config.max_batch_tokens is None:
+        config = replace(config, max_batch_tokens=step_room(model, config, free))
+    if config.kv_cache_bytes is None:
+        config = replace(config, kv_cache_bytes=cache_room(model, config, free))
+    return config
 
 
 def fitted(config: EngineConfig, checkpoint: Checkpoint) -> EngineConfig:

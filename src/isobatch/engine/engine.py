@@ -99,7 +99,7 @@ class Engine:
         self._blocks = kv_blocks(decoder.config, config.cache_bytes, config.number_bytes, decoder.ops.page)
         self._caches = decoder.kv_caches(self._blocks)
         sequences = config.max_batch_sequences
-        rows = min(sequences * (1 + config.draft_tokens), max(sequences, config.max_batch_tokens))
+        rows = min(sequences * (1 + config.draft_tokens), max(sequences, config.step_tokens))
         self._runner = Runner(decoder, self._caches, rows, self.max_context)
         self.drafted_tokens = self.accepted_tokens = 0
         self.eos_token_ids = frozenset(tokenizer.eos_token_ids if tokenizer else decoder.config.eos_token_ids)
@@ -116,7 +116,7 @@ class Engine:
             self.pool,
             PrefixCache(self.pool) if self.config.prefix_cache else None,
             policy_from_name(self.config.policy),
-            max_batch_tokens=self.config.max_batch_tokens,
+            max_batch_tokens=self.config.step_tokens,
             max_batch_sequences=self.config.max_batch_sequences,
             max_context=self.max_context,
             draft_tokens=self.config.draft_tokens,
@@ -192,7 +192,7 @@ class Engine:
         self._mend()
         self._torn = True
         if not self._requests:  # what took the memory then may be gone now
-            self.scheduler.max_batch_tokens = self.config.max_batch_tokens
+            self.scheduler.max_batch_tokens = self.config.step_tokens
         self._queue(request)
         self._requests[number] = request
         self._torn = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from isobatch.config import EngineConfig
@@ -13,6 +14,7 @@ from isobatch.models.checkpoint import expected_tensors
 from isobatch.models.config import ModelConfig
 
 _FLOAT_BYTES = 4
+_MOST_STEP_TOKENS = 8192
 
 
 def available_bytes(
@@ -82,8 +84,29 @@ def step_bytes(model: ModelConfig, config: EngineConfig) -> int:
     if model.moe is not None:
         inner, copies = model.moe.inner, model.moe.active
     row = 4 * model.hidden_size + 9 * heads + copies * (3 * inner + 2 * model.hidden_size)
-    logits = 2 * max(config.max_batch_tokens, config.max_batch_sequences) * model.vocab_size * _FLOAT_BYTES
-    return config.max_batch_tokens * row * config.number_bytes + logits
+    logits = 2 * max(config.step_tokens, config.max_batch_sequences) * model.vocab_size * _FLOAT_BYTES
+    return config.step_tokens * row * config.number_bytes + logits
+
+
+def step_room(model: ModelConfig, config: EngineConfig, free: int) -> int:
+    """The most tokens of a step that a device has room for, where the settings do not say how many.
+
+    Args:
+        model: whose weights are not loaded yet.
+        config: with the size of the KV cache, or None for what is left.
+        free: bytes of the device.
+
+    Returns:
+        At most 8,192, beyond which nothing gets faster, and so many as take an eighth of what is left; but
+        not fewer than without a look at the device.
+    """
+    left = free - weight_bytes(model, config.number_bytes) - (config.kv_cache_bytes or 0)
+    tokens = _MOST_STEP_TOKENS
+    while tokens > config.step_tokens:
+        if step_bytes(model, replace(config, max_batch_tokens=tokens)) * 8 <= left:
+            break
+        tokens //= 2
+    return tokens
 
 
 def cache_room(model: ModelConfig, config: EngineConfig, free: int) -> int:
