@@ -83,13 +83,17 @@ def planted(module: ModuleType, function: str, old: str, new: str) -> Iterator[N
 
 
 @contextmanager
-def streaming(seed: int, programs: int) -> Iterator[Serve]:
-    """Decode by `gluon_decode.py`, on a GPU of so many multiprocessors."""
+def _walking(module: ModuleType, kernel: str, serve: Serve, seed: int, programs: int) -> Iterator[Serve]:
+    """What is served by programs that walk through items, on a GPU of so many multiprocessors."""
     with (
-        interpreted([gluon_decode, gluon_steps], "_decode_kernel", seed),
-        patch.object(gluon_decode, "multiprocessors", lambda: programs),
+        interpreted([module, gluon_steps], kernel, seed),
+        patch.object(module, "multiprocessors", lambda: programs),
     ):
-        yield attention_streamed
+        yield serve
+
+
+streaming = partial(_walking, gluon_decode, "_decode_kernel", attention_streamed)
+feeding = partial(_walking, gluon_prefill, "_prefill_kernel", attention_fed)
 
 
 @contextmanager
@@ -134,16 +138,6 @@ def phased(seed: int, places: int) -> Iterator[Serve]:
         patch.object(triton_phases, "multiprocessors", lambda: places),
     ):
         yield attention_phases
-
-
-@contextmanager
-def feeding(seed: int, programs: int) -> Iterator[Serve]:
-    """Prefill by `gluon_prefill.py`."""
-    with (
-        interpreted([gluon_prefill, gluon_steps], "_prefill_kernel", seed),
-        patch.object(gluon_prefill, "multiprocessors", lambda: programs),
-    ):
-        yield attention_fed
 
 
 @pytest.mark.parametrize("seed", SEEDS)
