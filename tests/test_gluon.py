@@ -19,7 +19,14 @@ import pytest
 import torch
 
 from isobatch.bits import bits_equal
-from isobatch.kernels.attention import gluon_chain, gluon_decode, gluon_prefill, gluon_steps, triton_phases
+from isobatch.kernels.attention import (
+    gluon_chain,
+    gluon_decode,
+    gluon_prefill,
+    gluon_steps,
+    gpu_serve,
+    triton_phases,
+)
 from isobatch.kernels.attention.gluon_decode import Streamed, attention_streamed
 from isobatch.kernels.attention.gluon_prefill import attention_fed
 from isobatch.kernels.attention.gpu_record import (
@@ -168,6 +175,14 @@ def fed(case: GpuAttentionCase, feed: Serve, at_hand: bool) -> Serve:
         return feed(q, cache, rows, scale, chosen=tuple(range(len(rows.queries))), own=own, out=out)
 
     return serve
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_recorded_steps_stream_single_queries(seed: int) -> None:
+    """Beside a chunk, which has tiles, and with one more that is not there."""
+    case, expected = case_of((*last_of(300, 1), (90, 140), *last_of(129, 700)), 8, 64)
+    with streaming(seed, programs=2), patch.object(gpu_serve, "gluon_runs", lambda: True):
+        assert gives(case, expected, ATTENTION_GPU.member("listed").function)
 
 
 PROMPTS = ((0, 200), (130, 300), (0, 1), (5, 129))

@@ -58,7 +58,7 @@ def expect_eager(asks: Sequence[Ask], where: str, arrivals: Sequence[int], **set
     graphs = busy._runner._chunks
     assert graphs is not None
     if INTERPRETED:  # no time to wait until every size has come before
-        graphs._seen.update((16, 2**at) for at in range(4, 8))
+        graphs._seen.update((16, 2**at, singles) for at in range(4, 8) for singles in (0, 16))
     for at in range(1 if INTERPRETED else 2):
         for ask, reply in zip(asks, drive(busy, asks, arrivals=arrivals), strict=True):
             expect_same(reply, eager(ask), f"{where}, time {at}")
@@ -117,17 +117,28 @@ def test_control_padded_rows_that_write_are_caught(
     expect_caught(steps)
 
 
-def test_control_tiles_of_another_sequence_are_caught(
-    steps: Counter[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("which", ["tiles", "singles"])
+def test_control_another_sequence_in_its_place_is_caught(
+    which: str, steps: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut = Tiling.cut
 
-    def mixed(self: Tiling, queries: Any, contexts: Any) -> tuple[list[int], list[int]]:
-        requests, firsts = cut(self, queries, contexts)
-        return [min(requests)] * len(requests), firsts
+    def mixed(self: Tiling, queries: Any, contexts: Any) -> tuple[list[int], list[int], list[int]]:
+        requests, firsts, singles = cut(self, queries, contexts)
+        others = [(r + 1) % len(queries) for r in (requests if which == "tiles" else singles)]
+        return (others, firsts, singles) if which == "tiles" else (requests, firsts, others)
 
     monkeypatch.setattr(Tiling, "cut", mixed)
     expect_caught(steps)
+
+
+def test_single_queries_have_no_tiles_where_decode_can_serve_them() -> None:
+    requests, firsts, singles = Tiling(8, 2, 64).cut((1, 40, 1, 0, 1), (9, 40, 700, 0, 1))
+    assert singles == [0, 2, 4]
+    assert set(requests) == {1}
+    assert sorted(firsts) == [0, 64, 128]
+    for heads, head_size in ((34, 64), (8, 256)):  # what decode's kernels do not take
+        assert Tiling(heads, 2, head_size).cut((1, 1), (9, 9))[2] == []
 
 
 def test_control_pending_tokens_of_another_row_are_caught(

@@ -2,9 +2,9 @@
 
 A step of a few hundred tokens takes the device less than it takes the host to queue it, so that every prompt
 that arrives would hold up all who decode. It is recorded like a step of decode (`engine/graphs.py`), for
-sizes further apart: so many tokens, so many tiles of attention's. How the tokens are shared out among
-sequences is read from the device, so that one recording serves any mixture. Long steps are queued as ever:
-there the device has more to do than the host.
+sizes further apart: so many tokens, so many tiles of attention's, so many sequences that decode. How the
+tokens are shared out among sequences is read from the device, so that one recording serves any mixture. Long
+steps are queued as ever: there the device has more to do than the host.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from isobatch.models.inputs import Batch
 from isobatch.ops.queued import QueuedOps, Tiling
 
 _RUNGS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
-_LEAST_TILES = 16
+_LEAST = 16  # tiles, and singles if there are any
 
-_Size = tuple[int, int]
-"""Tokens and tiles, padded ones included."""
+_Size = tuple[int, int, int]
+"""Tokens, tiles and singles, padded ones included."""
 
 
 class ChunkGraphs:
@@ -55,7 +55,7 @@ class ChunkGraphs:
         self._decoder, self._ops, self._caches, self._tables = decoder, ops, caches, tables
         self._tiling = tiling
         # A tile begins with a query of its own.
-        self._inputs = GraphInputs(ops, max_sequences, [_form((_RUNGS[-1], _RUNGS[-1]))])
+        self._inputs = GraphInputs(ops, max_sequences, [_form((_RUNGS[-1],) * 3)])
         self._seen: set[_Size] = set()
         self._recorded: dict[_Size, Recording | None] = {}
 
@@ -72,10 +72,9 @@ class ChunkGraphs:
         queries = [chunk.end - chunk.start for chunk in step.chunks]
         if sum(queries) > _RUNGS[-1]:
             return None
-        requests, firsts = self._tiling.cut(queries, [chunk.end for chunk in step.chunks])
-        rows = _RUNGS[bisect_left(_RUNGS, sum(queries))]
-        tiles = max(_LEAST_TILES, 1 << (len(requests) - 1).bit_length())
-        size = rows, tiles
+        requests, firsts, singles = self._tiling.cut(queries, [chunk.end for chunk in step.chunks])
+        rows, tiles = _RUNGS[bisect_left(_RUNGS, sum(queries))], _padded(len(requests))
+        size = rows, tiles, _padded(len(singles)) if singles else 0
         if size not in self._seen:
             self._seen.add(size)
             return None
@@ -98,6 +97,8 @@ class ChunkGraphs:
                 "starts": found.starts,
                 "lengths": found.lengths,
                 "tiles": [*requests, *spare, *firsts, *[0] * len(spare)],
+                # The one behind the last sequence: it is not there, but has a place in the block tables.
+                "singles": [*singles, *[len(queries)] * (size[2] - len(singles))],
                 "wanted": found.logit_rows,
             },
         )
@@ -109,14 +110,13 @@ class ChunkGraphs:
         return Computed(logits=self._decoder.logits(hidden[wanted]))
 
     def _record(self, size: _Size) -> Recording:
-        rows, tiles = size
+        rows, tiles, _ = size
         # The run that goes before the recording is of padded rows alone: it writes nothing.
         nobody = {"sources": self._inputs.sources(rows, {}), "tiles": [rows] * tiles}
         self._inputs.send(_form(size), nobody)
         at = self._inputs.views(_form(size))
-        paged = TiledRows(
-            at["starts"], at["lengths"], self._tables.tensor, at["slots"], at["tiles"].view(2, tiles)
-        )
+        tiled = at["tiles"].view(2, tiles), at["singles"]
+        paged = TiledRows(at["starts"], at["lengths"], self._tables.tensor, at["slots"], *tiled)
 
         def work() -> torch.Tensor:
             batch = Batch(self._inputs.tokens(at["sources"]), at["positions"], paged, None)
@@ -125,12 +125,17 @@ class ChunkGraphs:
         return self._ops.recorded(work)
 
 
+def _padded(count: int) -> int:
+    return max(_LEAST, 1 << (count - 1).bit_length())
+
+
 def _form(size: _Size) -> Form:
     """What a recording of this size reads: chunk `rows` is of a sequence that is not there."""
-    rows, tiles = size
+    rows, tiles, singles = size
     return token_sections(rows) | {
         "wanted": Section(torch.int64, rows),
         "starts": Section(torch.int32, rows + 2),
         "lengths": Section(torch.int32, rows + 1),
         "tiles": Section(torch.int32, 2 * tiles),
+        "singles": Section(torch.int32, singles),
     }

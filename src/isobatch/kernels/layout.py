@@ -103,13 +103,15 @@ class PagedRows:
 
 @dataclass(frozen=True, slots=True)
 class TiledRows(PagedRows):
-    """Requests of any number of queries, cut into tiles already. All is read when kernels run, so that a
-    recording serves every step that has no more rows, and no more tiles, than it was made for.
+    """Requests of any number of queries, told apart already. All is read when kernels run, so that one
+    recording serves every step that has no more rows, tiles and singles than it was made for.
 
-    A request that ends where it starts, or before, is not there; its tiles are inert. Slot -1: a padded row.
+    A request that ends where it starts, or before, is not there, and inert. Slot -1: a padded row.
 
     Args:
         tiles: int32 [2, tiles]: of each tile the request, and the tile's first row within it.
+        singles: int32 [singles]: requests of one query that have no tile.
     """
 
     tiles: torch.Tensor
+    singles: torch.Tensor

@@ -13,17 +13,17 @@ from isobatch.ops.ops import Ops
 
 
 class Tiling(Protocol):
-    """How requests of any number of queries are cut for kernels that take `TiledRows`."""
+    """How requests of any number of queries are told apart for kernels that take `TiledRows`."""
 
-    def cut(self, queries: Sequence[int], contexts: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Cuts requests into tiles of query rows.
+    def cut(self, queries: Sequence[int], contexts: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+        """Cuts requests into tiles of query rows, but for single queries that are better served alone.
 
         Args:
             queries: of each request.
             contexts: of each request, its queries' own keys included.
 
         Returns:
-            For each tile the request, and where in it the tile begins.
+            For each tile the request, and where in it the tile begins; and the requests that have no tile.
         """
 
 

@@ -40,6 +40,7 @@ from isobatch.kernels.attention.triton_steps import COLUMNS, PAGE, SPAN, lane_su
 from isobatch.kernels.gpu.device import multiprocessors
 from isobatch.kernels.gpu.overlap import early
 from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
+from isobatch.kernels.layout import PagedRows
 
 
 @gluon.jit
@@ -342,14 +343,29 @@ def attention_streamed(
     """
     chosen, out = begin(q, rows, chosen, out)
     if chosen:
-        _, kv_heads, page, D = cache.k.shape
-        G = q.shape[1] // kv_heads
-        items = kv_heads * len(chosen)
-        _decode_kernel[(min(items, multiprocessors()),)](
-            q, rows_of(cache.k, page), rows_of(cache.v, page), out, rows.query_starts,
-            rows.context_lengths, rows.block_tables, rows.requests(chosen), exponent_scale(scale),
-            q.stride(0), q.stride(1), out.stride(0), rows.block_tables.stride(0), kv_heads, items,
-            G=G, D=D, HEADS=padded_heads(G), PARTS=-(-D // COLUMNS.value),
-            STAGES=streamed.stages, tile=layout(q.dtype), num_warps=4, maxnreg=streamed.registers, **early(),
-        )  # fmt: skip
+        streamed_of(q, cache, rows, scale, rows.requests(chosen), len(chosen), streamed=streamed, out=out)
     return out
+
+
+def streamed_of(
+    q: torch.Tensor,
+    cache: GpuKVCache,
+    rows: PagedRows,
+    scale: float,
+    requests: torch.Tensor | None,
+    count: int,
+    *,
+    streamed: Streamed,
+    out: torch.Tensor,
+) -> None:
+    """The same of `count` requests that are known on the device, int32 [count]; None: the first ones."""
+    _, kv_heads, page, D = cache.k.shape
+    G = q.shape[1] // kv_heads
+    items = kv_heads * count
+    _decode_kernel[(min(items, multiprocessors()),)](
+        q, rows_of(cache.k, page), rows_of(cache.v, page), out, rows.query_starts, rows.context_lengths,
+        rows.block_tables, requests, exponent_scale(scale), q.stride(0), q.stride(1), out.stride(0),
+        rows.block_tables.stride(0), kv_heads, items,
+        G=G, D=D, HEADS=padded_heads(G), PARTS=-(-D // COLUMNS.value),
+        STAGES=streamed.stages, tile=layout(q.dtype), num_warps=4, maxnreg=streamed.registers, **early(),
+    )  # fmt: skip

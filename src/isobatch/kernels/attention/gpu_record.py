@@ -139,12 +139,15 @@ def _tiled(tile: Tile) -> Any:
 
 
 def _listed(q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float) -> torch.Tensor:
-    """As a recording has it: one more request, which has no queries, and a tile of it."""
+    """As a recording has it: one more request, which has no queries, with a tile, and among the singles."""
     tiling, nobody = Tiling(q.shape[1], cache.k.shape[1], q.shape[2]), len(rows.queries)
-    requests, firsts = tiling.cut(rows.queries, rows.contexts)
+    requests, firsts, singles = tiling.cut(rows.queries, rows.contexts)
     tiles = GpuPagedRows.upload([[*requests, nobody], [*firsts, 0]])
-    starts, lengths = (torch.cat((t, t.new_zeros(1))) for t in (rows.query_starts, rows.context_lengths))
-    return serve(q, cache, TiledRows(starts, lengths, rows.block_tables, rows.slots, tiles), scale)
+    alone = GpuPagedRows.upload([*singles, nobody] if singles else [])
+    starts, lengths, tables = (
+        torch.cat((t, t[:1] * 0)) for t in (rows.query_starts, rows.context_lengths, rows.block_tables)
+    )
+    return serve(q, cache, TiledRows(starts, lengths, tables, rows.slots, tiles, alone), scale)
 
 
 # Members where Gluon runs. Elsewhere others serve under these names, and would be tried twice.

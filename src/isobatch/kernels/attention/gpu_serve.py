@@ -17,6 +17,8 @@ Chunks, by queries:
 - 1,024 queries or more: keys copied out of their pages and read by the bulk copy engine;
 - otherwise tiles of 128 rows over the pages, or of 64 where that holds the whole chunk or heads have more
   than 128 numbers.
+Recorded steps with chunks, of which nobody knows the lengths beforehand: tiles of 64 rows; single queries are
+streamed, or keys run down the tile, for heads of at most 128 numbers and groups of at most 16.
 """
 
 from __future__ import annotations
@@ -32,11 +34,12 @@ from isobatch.kernels.attention.gather import gather
 from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows, cut
 from isobatch.kernels.attention.padded import planned
 from isobatch.kernels.attention.triton import Tile, attention_contiguous, attention_listed, attention_tiled
-from isobatch.kernels.attention.triton_decode import Down, attention_down
+from isobatch.kernels.attention.triton_decode import Down, attention_down, down_of
 from isobatch.kernels.attention.triton_phases import attention_phases
 from isobatch.kernels.gpu.device import gluon_runs, multiprocessors
 from isobatch.kernels.layout import StepKeys, TiledRows
 
+_GROUP = 16  # heads of a group that decode's narrow side has room for
 _WIDE = 128  # beyond this head size one block of keys and values fills half a multiprocessor
 _FED_SIZES = (64, 128)  # what a row of shared memory is swizzled for
 _FED_QUERIES = 64
@@ -56,6 +59,10 @@ Chunk = Literal["tiles", "gathered", "library", "fed"]
 def _small(head_size: int) -> Tile:
     """The member for tiles of few rows, and for those that a recording reads."""
     return Tile(64, 8, 1, packed=True) if head_size > _WIDE else Tile(64, 4, 2, packed=True)
+
+
+def _down(head_size: int) -> Down:
+    return Down(4, 3 if head_size <= _WIDE else 1)
 
 
 def feeds(head_size: int) -> bool:
@@ -84,7 +91,7 @@ def batches(contexts: Sequence[int], chosen: Sequence[int]) -> list[tuple[int, .
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How a recording's requests, chunks and single queries alike, are cut.
+    """How a recording's requests are told apart: chunks are cut, single queries are decode's if they may be.
 
     Args:
         heads: of the model.
@@ -96,10 +103,13 @@ class Tiling:
     kv_heads: int
     head_size: int
 
-    def cut(self, queries: Sequence[int], contexts: Sequence[int]) -> tuple[list[int], list[int]]:
-        """For each tile the request, and the tile's first row within it."""
-        everyone, height = range(len(queries)), _small(self.head_size).rows
-        return cut(queries, contexts, everyone, self.heads // self.kv_heads, height)
+    def cut(self, queries: Sequence[int], contexts: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+        """For each tile the request, and the tile's first row within it; and the requests without a tile."""
+        group, height = self.heads // self.kv_heads, _small(self.head_size).rows
+        alone = group <= _GROUP and self.head_size <= _WIDE
+        singles = [r for r, count in enumerate(queries) if alone and count == 1]
+        tiled = [r for r, count in enumerate(queries) if not alone or count != 1]
+        return *cut(queries, contexts, tiled, group, height), singles
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +156,7 @@ class Attention:
             Row t depends on its query and on its request's keys and values up to its position.
         """
         if isinstance(rows, TiledRows):
-            return attention_listed(q, cache, rows, scale, tile=_small(cache.k.shape[3]))
+            return self._listed(q, cache, rows, scale)
         lone = rows.queries == rows.contexts == (len(q),) and planned(len(q)) == len(q)
         if lone and own is not None and self.chunk_member(len(q), len(q), q.shape[2]) == "library":
             return fresh_prompt(q, *own, scale)
@@ -174,7 +184,7 @@ class Attention:
 
     def decode_member(self, requests: int, kv_heads: int, group: int, head_size: int, context: int) -> Decode:
         """The member for single queries of this many requests, whose contexts are at most `context`."""
-        if group > 16:
+        if group > _GROUP:
             return "tiles"
         programs, gluon = requests * kv_heads, self._gluon(head_size)
         if self.decode is not None:
@@ -184,6 +194,19 @@ class Attention:
         if gluon and (programs > multiprocessors() or context >= _STREAMED_CONTEXT):
             return "streamed"
         return "down" if programs <= 2 * multiprocessors() and head_size <= _WIDE else "tiles"
+
+    def _listed(self, q: torch.Tensor, cache: GpuKVCache, rows: TiledRows, scale: float) -> torch.Tensor:
+        D, singles = cache.k.shape[3], rows.singles
+        out = attention_listed(q, cache, rows, scale, tile=_small(D))
+        if not len(singles):
+            return out
+        if self._gluon(D):
+            from isobatch.kernels.attention.gluon_decode import Streamed, streamed_of
+
+            streamed_of(q, cache, rows, scale, singles, len(singles), streamed=Streamed(3), out=out)
+        else:
+            down_of(q, cache, rows, scale, singles, len(singles), down=_down(D), out=out)
+        return out
 
     def _gluon(self, head_size: int) -> bool:
         return self.gluon and head_size <= _WIDE and gluon_runs()
@@ -203,8 +226,7 @@ class Attention:
             streamed = Streamed(3) if deep else Streamed(2, registers=128)
             attention_streamed(q, cache, rows, scale, streamed=streamed, chosen=chosen, out=out)
         elif member == "down":
-            down = Down(4, 3 if D <= _WIDE else 1)
-            attention_down(q, cache, rows, scale, down=down, chosen=chosen, out=out)
+            attention_down(q, cache, rows, scale, down=_down(D), chosen=chosen, out=out)
         else:
             tile = Tile(16, 2, 2, packed=True) if D <= _WIDE else Tile(16, 4, 1, packed=True)
             attention_tiled(q, cache, rows, scale, tile=tile, chosen=chosen, out=out)

@@ -29,6 +29,7 @@ from isobatch.kernels.attention.triton_steps import (
 )
 from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin
 from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
+from isobatch.kernels.layout import PagedRows
 
 
 @triton.jit
@@ -123,11 +124,25 @@ def attention_down(
     """
     chosen, out = begin(q, rows, chosen, out)
     if chosen:
-        _decode_kernel[(cache.k.shape[1], len(chosen))](
-            q, cache.k, cache.v, out, rows.query_starts, rows.context_lengths, rows.block_tables,
-            rows.requests(chosen), exponent_scale(scale), q.stride(0), q.stride(1), out.stride(0),
-            rows.block_tables.stride(0),
-            **group_shape(q, cache), WIDTH=triton.next_power_of_2(q.shape[2]),
-            STAGES=down.stages, num_warps=down.warps, num_stages=down.stages, **early(),
-        )  # fmt: skip
+        down_of(q, cache, rows, scale, rows.requests(chosen), len(chosen), down=down, out=out)
     return out
+
+
+def down_of(
+    q: torch.Tensor,
+    cache: GpuKVCache,
+    rows: PagedRows,
+    scale: float,
+    requests: torch.Tensor | None,
+    count: int,
+    *,
+    down: Down,
+    out: torch.Tensor,
+) -> None:
+    """The same of `count` requests that are known on the device, int32 [count]; None: the first ones."""
+    _decode_kernel[(cache.k.shape[1], count)](
+        q, cache.k, cache.v, out, rows.query_starts, rows.context_lengths, rows.block_tables, requests,
+        exponent_scale(scale), q.stride(0), q.stride(1), out.stride(0), rows.block_tables.stride(0),
+        **group_shape(q, cache), WIDTH=triton.next_power_of_2(q.shape[2]),
+        STAGES=down.stages, num_warps=down.warps, num_stages=down.stages, **early(),
+    )  # fmt: skip
