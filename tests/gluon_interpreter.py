@@ -49,9 +49,10 @@ class _Mbarrier:
         barrier.arrive(size)
 
     @staticmethod
-    def arrive(barrier: Barrier) -> None:
+    def arrive(barrier: Barrier, pred: bool = True) -> None:
         give_way()
-        barrier.arrive()
+        if pred:
+            barrier.arrive()
 
 
 class _Tma:

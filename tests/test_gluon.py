@@ -203,7 +203,7 @@ FAULTS: dict[str, tuple[str, tuple[ModuleType, str, str, str]]] = {
         "decode",
         (
             gluon_decode,
-            "_consume",
+            "_block",
             "mbarrier.wait(values_ready.index(s), (turn // STAGES) & 1)",
             "pass",
         ),
@@ -212,10 +212,14 @@ FAULTS: dict[str, tuple[str, tuple[ModuleType, str, str, str]]] = {
         "decode",
         (
             gluon_decode,
-            "_consume",
+            "_block",
             "coming = _scores(keys, after",
-            "mbarrier.arrive(keys_free.index(after))\n            coming = _scores(keys, after",
+            "mbarrier.arrive(keys_free.index(after))\n    coming = _scores(keys, after",
         ),
+    ),
+    "what lies beyond the last key is seen": (
+        "decode",
+        (gluon_decode, "_block", "(j < left)[:, None]", "(j < SPAN)[:, None]"),
     ),
     "scores are not waited for": ("chain", (gluon_chain, "_scored", "known <= g", "False")),
     "runs are given back before they are read": (
@@ -265,7 +269,7 @@ def test_control_planted_fault_is_caught(fault: str) -> None:
         with feeding(0, programs=3) as feed, planted(*where):
             caught(case, expected, fed(case, feed, at_hand=False))
     elif kernel == "decode":
-        with streaming(0, programs=2) as serve, planted(*where):
+        with streaming(1, programs=2) as serve, planted(*where):
             caught(*case_of(*DECODED), partial(serve, streamed=Streamed(2)))
     else:
         with phased(0, places=132) as serve, planted(*where):

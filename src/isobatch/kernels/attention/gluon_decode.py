@@ -151,9 +151,70 @@ def _query(
 
 
 @gluon.jit
+def _block(
+    state, mine, rings, q, which, turn, left, more, c, LAST: gl.constexpr, HEADS: gl.constexpr,
+    PARTS: gl.constexpr, STAGES: gl.constexpr, across: gl.constexpr, by_lane: gl.constexpr,
+    chains: gl.constexpr,
+):  # fmt: skip
+    """A block whose scores are there, and beside it the scores of the next one.
+
+    Args:
+        state: scores, maximum, lanes and results so far.
+        q: the next item's query, whose first block comes after the LAST one.
+        which: the place of the query that the next scores are of.
+        left: keys of the item from this block on: what lies beyond is masked in the LAST.
+        more: whether there is a next block.
+    """
+    x, m, lanes, acc0, acc1 = state
+    queries, weights = mine
+    keys, values, keys_ready, keys_free, values_ready, values_free = rings
+    s, after = turn % STAGES, (turn + 1) % STAGES
+    if LAST:
+        queries.index(which * PARTS).store(q[0])
+        if PARTS == 2:
+            queries.index(which * PARTS + 1).store(q[1])
+        fence_async_shared()
+        barrier()
+    # After the last item's last block the slot holds what it may: nobody looks at those scores.
+    mbarrier.wait(keys_ready.index(after), ((turn + 1) // STAGES) & 1, pred=more)
+    coming = _scores(keys, after, queries, which, PARTS, HEADS, across)
+    x = mul(x, gl.full([SPAN, HEADS], 0.0, gl.float32, layout=across) + c)
+    if LAST:
+        j = gl.arange(0, SPAN, layout=gl.SliceLayout(1, across))
+        x = gl.where((j < left)[:, None], x, float("-inf"))
+    top = gl.maximum(m, gl.max(x, 0))
+    p = ex2(sub(x, top[None, :]))
+    alpha = ex2(sub(m, top))
+    weights.permute((1, 0)).store(p.to(weights.dtype))
+    fence_async_shared()
+    barrier()
+    mbarrier.wait(values_ready.index(s), (turn // STAGES) & 1)
+    if LAST:  # noqa: SIM102 - this is known to the compiler, the next line's question is not
+        if left < SPAN:
+            for part in gl.static_range(PARTS):
+                clear_slots(values.index(s * PARTS + part), left)
+    p_down = weights.permute((1, 0))
+    acc0 = acc0 * alpha[None, :]
+    token0 = warpgroup_mma(values.index(s * PARTS).permute((1, 0)), p_down, acc0, is_async=True)
+    b = gl.convert_layout(alpha, gl.SliceLayout(1, by_lane))
+    t = gl.convert_layout(lane_sums_down(gl.convert_layout(p, chains), HEADS), by_lane)
+    lanes = fma(lanes, b[:, None], t)
+    if PARTS == 2:
+        acc1 = acc1 * alpha[None, :]
+        token1 = warpgroup_mma(values.index(s * PARTS + 1).permute((1, 0)), p_down, acc1, is_async=True)
+        acc0, acc1, x = warpgroup_mma_wait(0, deps=[token0, token1, coming])
+    else:
+        acc0, x = warpgroup_mma_wait(0, deps=[token0, coming])
+    barrier()
+    mbarrier.arrive(values_free.index(s))
+    mbarrier.arrive(keys_free.index(after), pred=more)
+    return x, top, lanes, acc0, acc1
+
+
+@gluon.jit
 def _consume(
-    q, queries, keys, values, weights, keys_ready, keys_free, values_ready, values_free, out, query_starts,
-    context_lengths, requests, c, q_row, q_head, out_row, kv_heads, items,
+    q, queries, weights, rings, out, query_starts, context_lengths, requests, c, q_row, q_head, out_row,
+    kv_heads, items,
     G: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     across: gl.constexpr = gl.NVMMADistributedLayout(
@@ -168,8 +229,8 @@ def _consume(
         shape=[128, HEADS],
     )
     by_lane: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0])
+    keys, _, keys_ready, keys_free, _, _ = rings
     h = gl.arange(0, HEADS, layout=gl.SliceLayout(0, across))
-    j = gl.arange(0, SPAN, layout=gl.SliceLayout(1, across))
     d = gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, across))
     step, first = gl.num_programs(0), gl.program_id(0)
     request, context = _context(context_lengths, query_starts, requests, first, items, kv_heads)
@@ -183,11 +244,13 @@ def _consume(
     barrier()
     mbarrier.wait(keys_ready.index(0), 0)
     x = warpgroup_mma_wait(0, deps=[_scores(keys, 0, queries, 0, PARTS, HEADS, across)])
+    barrier()
+    mbarrier.arrive(keys_free.index(0))
     turn, which = 0, 0
     for item in range(first, items, step):
         row = gl.load(query_starts + request).to(gl.int64)
         served = gl.load(query_starts + request + 1) > row
-        blocks, whole = _blocks(context), context // SPAN
+        last = _blocks(context) - 1
         # Asked for two items before they are needed: loads that wait for loads.
         request2, context2 = _context(
             context_lengths, query_starts, requests, item + 2 * step, items, kv_heads
@@ -198,52 +261,19 @@ def _consume(
         m = gl.full([HEADS], float("-inf"), gl.float32, layout=gl.SliceLayout(0, across))
         lanes = gl.zeros([HEADS, 4], gl.float32, layout=by_lane)
         acc0 = gl.zeros([COLUMNS, HEADS], gl.float32, layout=across)
-        acc1 = acc0
-        for n in range(blocks):
-            barrier()
-            s, after = turn % STAGES, (turn + 1) % STAGES
-            mbarrier.arrive(keys_free.index(s))
-            if n + 1 == blocks:
-                which = 1 - which
-                queries.index(which * PARTS).store(q0)
-                if PARTS == 2:
-                    queries.index(which * PARTS + 1).store(q1)
-                fence_async_shared()
-                barrier()
-            # After the last item's last block the slot holds what it may: nobody looks at those scores.
-            more = (n + 1 < blocks) | (item + step < items)
-            mbarrier.wait(keys_ready.index(after), ((turn + 1) // STAGES) & 1, pred=more)
-            coming = _scores(keys, after, queries, which, PARTS, HEADS, across)
-            x = mul(x, gl.full([SPAN, HEADS], 0.0, gl.float32, layout=across) + c)
-            x = gl.where((n * SPAN + j < context)[:, None], x, float("-inf"))
-            top = gl.maximum(m, gl.max(x, 0))
-            p = ex2(sub(x, top[None, :]))
-            alpha = ex2(sub(m, top))
-            m = top
-            weights.permute((1, 0)).store(p.to(weights.dtype))
-            fence_async_shared()
-            barrier()
-            mbarrier.wait(values_ready.index(s), (turn // STAGES) & 1)
-            if n == whole:
-                for part in gl.static_range(PARTS):
-                    clear_slots(values.index(s * PARTS + part), context - whole * SPAN)
-            acc0 = acc0 * alpha[None, :]
-            p_down = weights.permute((1, 0))
-            token0 = warpgroup_mma(values.index(s * PARTS).permute((1, 0)), p_down, acc0, is_async=True)
-            b = gl.convert_layout(alpha, gl.SliceLayout(1, by_lane))
-            t = gl.convert_layout(lane_sums_down(gl.convert_layout(p, chains), HEADS), by_lane)
-            lanes = fma(lanes, b[:, None], t)
-            if PARTS == 2:
-                acc1 = acc1 * alpha[None, :]
-                token1 = warpgroup_mma(
-                    values.index(s * PARTS + 1).permute((1, 0)), p_down, acc1, is_async=True
-                )
-                acc0, acc1, x = warpgroup_mma_wait(0, deps=[token0, token1, coming])
-            else:
-                acc0, x = warpgroup_mma_wait(0, deps=[token0, coming])
-            barrier()
-            mbarrier.arrive(values_free.index(s))
-            turn += 1
+        state = (x, m, lanes, acc0, acc0)
+        for n in range(last):
+            state = _block(
+                state, (queries, weights), rings, (q0, q1), which, turn + n, context - n * SPAN, True, c,
+                False, HEADS, PARTS, STAGES, across, by_lane, chains,
+            )  # fmt: skip
+        turn += last
+        which = 1 - which
+        x, m, lanes, acc0, acc1 = _block(
+            state, (queries, weights), rings, (q0, q1), which, turn, context - last * SPAN,
+            item + step < items, c, True, HEADS, PARTS, STAGES, across, by_lane, chains,
+        )  # fmt: skip
+        turn += 1
         total = gl.convert_layout(row_total(lanes, HEADS), gl.SliceLayout(0, across))
         at = out + row * out_row + (item % kv_heads) * (G * D) + h[None, :] * D + d[:, None]
         mine = (served & (h < G))[None, :]
@@ -282,14 +312,14 @@ def _decode_kernel(
         mbarrier.init(values_free.index(s), count=1)
     fence_async_shared()
     gdc_wait()
+    rings = (keys, values, keys_ready, keys_free, values_ready, values_free)
     gl.warp_specialize(
         [
             (
                 _consume,
                 (
-                    q, queries, keys, values, weights, keys_ready, keys_free, values_ready, values_free, out,
-                    query_starts, context_lengths, requests, c, q_row, q_head, out_row, kv_heads, items,
-                    G, D, HEADS, PARTS, STAGES,
+                    q, queries, weights, rings, out, query_starts, context_lengths, requests, c, q_row,
+                    q_head, out_row, kv_heads, items, G, D, HEADS, PARTS, STAGES,
                 ),
             ),
             (
