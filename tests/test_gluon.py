@@ -22,6 +22,7 @@ from isobatch.bits import bits_equal
 from isobatch.kernels.attention import (
     gluon_chain,
     gluon_decode,
+    gluon_decode_feed,
     gluon_prefill,
     gluon_steps,
     gpu_serve,
@@ -90,17 +91,19 @@ def planted(module: ModuleType, function: str, old: str, new: str) -> Iterator[N
 
 
 @contextmanager
-def _walking(module: ModuleType, kernel: str, serve: Serve, seed: int, programs: int) -> Iterator[Serve]:
+def _walking(
+    modules: list[ModuleType], kernel: str, serve: Serve, seed: int, programs: int
+) -> Iterator[Serve]:
     """What is served by programs that walk through items, on a GPU of so many multiprocessors."""
     with (
-        interpreted([module, gluon_steps], kernel, seed),
-        patch.object(module, "multiprocessors", lambda: programs),
+        interpreted([*modules, gluon_steps], kernel, seed),
+        patch.object(modules[0], "multiprocessors", lambda: programs),
     ):
         yield serve
 
 
-streaming = partial(_walking, gluon_decode, "_decode_kernel", attention_streamed)
-feeding = partial(_walking, gluon_prefill, "_prefill_kernel", attention_fed)
+streaming = partial(_walking, [gluon_decode, gluon_decode_feed], "_decode_kernel", attention_streamed)
+feeding = partial(_walking, [gluon_prefill], "_prefill_kernel", attention_fed)
 
 
 @contextmanager

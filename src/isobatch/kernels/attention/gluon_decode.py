@@ -25,98 +25,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from isobatch.kernels.attention.gluon_decode_feed import blocks_of, context_of, produce
 from isobatch.kernels.attention.gluon_steps import (
     barrier,
     clear_slots,
-    fetch_pair,
     layout,
     padded_heads,
-    pair_of_pages,
     rows_of,
 )
 from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
 from isobatch.kernels.attention.launch import begin, exponent_scale
-from isobatch.kernels.attention.triton_steps import COLUMNS, PAGE, SPAN, lane_sums_down, row_total
+from isobatch.kernels.attention.triton_steps import COLUMNS, SPAN, lane_sums_down, row_total
 from isobatch.kernels.gpu.device import multiprocessors
 from isobatch.kernels.gpu.overlap import early
 from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
 from isobatch.kernels.layout import PagedRows
-
-
-@gluon.jit
-def _refill(
-    source, ring, ready, free, kv_heads, group, n, pages, PARTS: gl.constexpr, STAGES: gl.constexpr
-):  # fmt: skip
-    s = n % STAGES
-    mbarrier.wait(free.index(s), (n // STAGES + 1) & 1)
-    mbarrier.expect(ready.index(s), source.block_type.nbytes * 8 * PARTS)
-    for part in gl.static_range(PARTS):
-        for pair in gl.static_range(4):
-            at = ring.index(s * PARTS + part)
-            fetch_pair(source, at, ready.index(s), pages[pair], kv_heads, group, part * COLUMNS, pair)
-
-
-@gluon.jit
-def _pages(table, n, last):
-    return (
-        pair_of_pages(table, n, last, 0),
-        pair_of_pages(table, n, last, 1),
-        pair_of_pages(table, n, last, 2),
-        pair_of_pages(table, n, last, 3),
-    )
-
-
-@gluon.jit
-def _context(context_lengths, query_starts, requests, item, items, kv_heads):
-    """(the request, its keys) of an item, of the last one beyond it. Without queries, no keys."""
-    request = gl.minimum(item, items - 1) // kv_heads
-    if requests is not None:
-        request = gl.load(requests + request)
-    active = gl.load(query_starts + request + 1) > gl.load(query_starts + request)
-    return request, gl.where(active, gl.load(context_lengths + request), 0)
-
-
-@gluon.jit
-def _blocks(context):
-    """Of an item. One without keys has a block all the same, of which nothing is seen: all are alike."""
-    return gl.maximum(gl.cdiv(context, SPAN), 1)
-
-
-@gluon.jit
-def _last_page(context):
-    return gl.maximum(context - 1, 0) // PAGE
-
-
-@gluon.jit
-def _produce(
-    source, ring, ready, free, query_starts, context_lengths, block_tables, requests, table_row, kv_heads,
-    items, PARTS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    step, first = gl.num_programs(0), gl.program_id(0)
-    request, context = _context(context_lengths, query_starts, requests, first, items, kv_heads)
-    table = block_tables + request.to(gl.int64) * table_row
-    even = _pages(table, 0, _last_page(context))
-    # Who comes next is looked up two items before, and the first pages one before: loads that wait for loads.
-    request1, context1 = _context(context_lengths, query_starts, requests, first + step, items, kv_heads)
-    turn = 0
-    for item in range(first, items, step):
-        group, blocks, last = item % kv_heads, _blocks(context), _last_page(context)
-        table1 = block_tables + request1.to(gl.int64) * table_row
-        coming = _pages(table1, 0, _last_page(context1))
-        context = context1
-        request1, context1 = _context(
-            context_lengths, query_starts, requests, item + 2 * step, items, kv_heads
-        )
-        # Two names in turn: a register that is copied is waited for, and was asked for in vain.
-        for n in range(0, blocks, 2):
-            odd = _pages(table, n + 1, last)
-            _refill(source, ring, ready, free, kv_heads, group, turn + n, even, PARTS, STAGES)
-            if n + 2 < blocks:
-                even = _pages(table, n + 2, last)
-            if n + 1 < blocks:
-                _refill(source, ring, ready, free, kv_heads, group, turn + n + 1, odd, PARTS, STAGES)
-        turn += blocks
-        table, even = table1, coming
 
 
 @gluon.jit
@@ -233,8 +156,8 @@ def _consume(
     h = gl.arange(0, HEADS, layout=gl.SliceLayout(0, across))
     d = gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, across))
     step, first = gl.num_programs(0), gl.program_id(0)
-    request, context = _context(context_lengths, query_starts, requests, first, items, kv_heads)
-    request1, context1 = _context(context_lengths, query_starts, requests, first + step, items, kv_heads)
+    request, context = context_of(context_lengths, query_starts, requests, first, items, kv_heads)
+    request1, context1 = context_of(context_lengths, query_starts, requests, first + step, items, kv_heads)
     q0, q1 = _query(q, query_starts, request, first % kv_heads, q_row, q_head, PARTS, G, D, HEADS)
     queries.index(0).store(q0)
     if PARTS == 2:
@@ -250,9 +173,9 @@ def _consume(
     for item in range(first, items, step):
         row = gl.load(query_starts + request).to(gl.int64)
         served = gl.load(query_starts + request + 1) > row
-        last = _blocks(context) - 1
+        last = blocks_of(context) - 1
         # Asked for two items before they are needed: loads that wait for loads.
-        request2, context2 = _context(
+        request2, context2 = context_of(
             context_lengths, query_starts, requests, item + 2 * step, items, kv_heads
         )
         r0, r1 = _query(
@@ -323,14 +246,14 @@ def _decode_kernel(
                 ),
             ),
             (
-                _produce,
+                produce,
                 (
                     k, keys, keys_ready, keys_free, query_starts, context_lengths, block_tables, requests,
                     table_row, kv_heads, items, PARTS, STAGES,
                 ),
             ),
             (
-                _produce,
+                produce,
                 (
                     v, values, values_ready, values_free, query_starts, context_lengths, block_tables,
                     requests, table_row, kv_heads, items, PARTS, STAGES,
