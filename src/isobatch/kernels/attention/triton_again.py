@@ -17,7 +17,8 @@ from isobatch.kernels.attention.triton import attend_tile
 from isobatch.kernels.gpu.device import multiprocessors
 from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin
 
-_ROWS = 64  # of a piece of a tile: more, with care, would take more registers than there are
+PIECE_ROWS = 16
+"""Rows of a piece of a tile. With more, and care, threads need a stack, and what runs next is slower then."""
 
 
 @triton.jit
@@ -80,14 +81,14 @@ def attention_again(
         rows: whose queries these are.
         scale: of the scores, positive.
         tiles: int32 [2, tiles], contiguous: of each tile the request, and the tile's first query within it.
-        spoilt: int8 [tiles, H, a multiple of 64], a tile's rows that are not yet what they must be.
+        spoilt: int8 [tiles, H, a multiple of PIECE_ROWS], a tile's rows that are not yet what they must be.
         out: where to write, like q and contiguous.
 
     Determinism:
         As `attention_tiled`, bit for bit.
     """
     count, H, height = spoilt.shape
-    pieces, D = height // _ROWS, q.shape[2]
+    pieces, D = height // PIECE_ROWS, q.shape[2]
     items = count * H * pieces
     each = -(-items // multiprocessors())
     _again_kernel[(-(-items // each),)](
@@ -95,5 +96,5 @@ def attention_again(
         exponent_scale(scale), q.stride(0), q.stride(1), out.stride(0), rows.block_tables.stride(0),
         count, each,
         block_stride=cache.k.stride(0), H=H, G=H // cache.k.shape[1], D=D, WIDTH=triton.next_power_of_2(D),
-        PIECES=pieces, ROWS=_ROWS, AT_ONCE=32, num_warps=4, **early(),
+        PIECES=pieces, ROWS=PIECE_ROWS, AT_ONCE=128, num_warps=8, **early(),
     )  # fmt: skip
