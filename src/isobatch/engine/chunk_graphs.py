@@ -24,7 +24,7 @@ from isobatch.models.decoder import Decoder
 from isobatch.models.inputs import Batch
 from isobatch.ops.queued import QueuedOps, Tiling
 
-_RUNGS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
+_RUNGS = (16, 32, 64, 128, 192, 256, 384, 512, 640, 768, 896, 1024)
 _LEAST = 16  # tiles, and singles if there are any
 
 _Size = tuple[int, int, int]
