@@ -243,6 +243,7 @@ _FUNCTIONS: dict[str, Any] = {
     "mul": lambda x, y: x * y,
     "sub": lambda x, y: x - y,
     "fma": lambda x, y, z: x * y + z,
+    "rescale": lambda acc, factors, _count: acc * factors,
 }
 
 

@@ -100,7 +100,7 @@ class Shared:
     """A piece of shared memory."""
 
     def __init__(self, numbers: np.ndarray) -> None:
-        self.numbers, self.dtype = numbers, numbers.dtype
+        self.numbers, self.dtype, self.shape = numbers, numbers.dtype, numbers.shape
 
     def index(self, at: int) -> Shared:
         return Shared(self.numbers[int(at)])

@@ -43,7 +43,7 @@ from isobatch.kernels.attention.triton_again import attention_again
 from isobatch.kernels.attention.triton_steps import SPAN, lane_sums, row_total
 from isobatch.kernels.gpu.device import multiprocessors
 from isobatch.kernels.gpu.overlap import early
-from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
+from isobatch.kernels.gpu.ptx import ex2, fma, mul, rescale, sub
 from isobatch.kernels.layout import StepKeys
 
 _ROWS = 128  # of a tile: queries of one head
@@ -137,7 +137,7 @@ def _advance(
     mbarrier.wait(keys_ready.index(ks), ((block + 1) // KEYS) & 1)
     blank = gl.zeros([_HALF, SPAN], gl.float32, layout=scores)
     coming = warpgroup_mma(query, keys.index(ks).permute((1, 0)), blank, use_acc=False, is_async=True)
-    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, across))[:, None]
+    acc = rescale(acc, gl.convert_layout(alpha, gl.SliceLayout(1, across))[:, None], values.shape[2] // 2)
     mbarrier.wait(values_ready.index(vs), (block // VALUES) & 1)
     token = warpgroup_mma(p, values.index(vs), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=[coming])
