@@ -97,6 +97,29 @@ def test_a_step_of_another_size_compiles_nothing_anew() -> None:
     assert (ran.returncode, ran.stdout) == (0, "done\n"), ran.stderr
 
 
+_RESCALES = """
+import re
+from tests import compile_gpu_kernels as script
+compiled = script._compile_only()
+from isobatch.kernels.attention.gpu_record import ATTENTION_GPU
+for variant in ("grouped/bf16", "small head/bf16"):
+    compiled.clear()
+    ATTENTION_GPU.draw("rescales", 41, variant).call(ATTENTION_GPU.member("streamed deep, fed"))
+    (text,) = {kernel.asm["ptx"] for kernel in compiled if "vote.sync.all" in kernel.asm["ptx"]}
+    for block in re.findall(r"setp.eq.f32\\s+one.*?DONE:", text, re.DOTALL):
+        asked = re.findall(r"one, (%\\w+), 0f3F800000", block)
+        used = re.findall(r"mul.f32 (%\\w+), (%\\w+), (%\\w+);", block)
+        print(len(used), len(asked), {c for _, _, c in used} == set(asked), all(a == b for a, b, _ in used))
+"""
+
+
+def test_who_passes_a_rescaling_over_has_asked_for_all_its_factors() -> None:
+    """It takes a thread's numbers to be of two rows, by pairs, as the compiler lays them out."""
+    ran = _run("-c", _RESCALES)
+    lines = [f"{count} 2 True True" for count in (64, 32) for _ in range(4)]
+    assert (ran.returncode, ran.stdout.splitlines()) == (0, lines), ran.stderr
+
+
 def test_a_tile_that_wants_too_much_shared_memory_is_found() -> None:
     ran = _run("-c", _TOO_LARGE)
     assert ran.returncode == 0, ran.stderr
