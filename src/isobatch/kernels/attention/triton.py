@@ -7,7 +7,8 @@ bf16 or fp16; everything else is float32 with subnormal numbers flushed:
 - p_j = ex2.approx(round(x_j - m')): multiplication and subtraction rounded apart. a = ex2.approx(m - m').
 - Four row-sum lanes: lane t adds, from zero, the p_j of the block with (j mod 8) // 2 == t, j ascending; then
   L_t = fma(L_t, a, that). The sum takes p_j in float32, before it is rounded for the product.
-- acc = acc * a, then acc += p_j v_j in tensor-core steps of 16 keys, j ascending, p_j in the storage dtype.
+- acc = acc * a, subnormal numbers kept, then acc += p_j v_j in tensor-core steps of 16 keys, j ascending, p_j
+  in the storage dtype.
 - l = (L_0 + L_1) + (L_2 + L_3); out = acc / l, rounded once to the storage dtype.
 
 Tiles hold queries of one head, or the heads that share a key/value head ("packed", so that decode reads keys
