@@ -46,6 +46,8 @@ def test_every_member_is_certified_and_the_report_is_kept(
     written = json.loads(kept.read_text())
     assert written["checks"] == report["checks"]
     assert {"commit", "dirty", "versions"} <= written["provenance"].keys()
+    # What is passed on names no folder of this machine.
+    assert report["kernel_cache"]["folder"] not in kept.read_text()
 
 
 GPU_CASES = len(GPU_RECORDS["embedding"].variants) * len(GPU_RECORDS["embedding"].row_counts())
