@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import random
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from types import ModuleType
@@ -79,13 +79,15 @@ def gives(case: GpuAttentionCase, expected: torch.Tensor, serve: Serve) -> bool:
 
 
 @contextmanager
-def planted(module: ModuleType, function: str, old: str, new: str) -> Iterator[None]:
-    """A function of an interpreted module, with a fault in its text."""
+def planted(module: ModuleType, function: str, edits: Mapping[str, str]) -> Iterator[None]:
+    """A function of an interpreted module, with a fault in its text: other words instead of these."""
     text = textwrap.dedent(inspect.getsource(getattr(module, function)))
     text = text[text.index("def ") :]
-    assert text.count(old) == 1, (function, old)
+    for old, new in edits.items():
+        assert text.count(old) == 1, (function, old)
+        text = text.replace(old, new)
     made: dict[str, Any] = {}
-    exec(compile(text.replace(old, new), f"<{function}>", "exec"), vars(module), made)
+    exec(compile(text, f"<{function}>", "exec"), vars(module), made)
     with patch.object(module, function, made[function]):
         yield
 
@@ -201,84 +203,86 @@ def test_prefill_gives_the_canonical_bits(D: int, seed: int) -> None:
 
 
 DECODED = last_of(1700, 300, 1), 8, 64
-FAULTS: dict[str, tuple[str, tuple[ModuleType, str, str, str]]] = {
-    "values are not waited for": (
-        "decode",
-        (
-            gluon_decode,
-            "_block",
-            "mbarrier.wait(values_ready.index(s), (turn // STAGES) & 1)",
-            "pass",
-        ),
-    ),
+_KEYS_BACK = "mbarrier.arrive(keys_free.index(after), pred=more)"
+_VALUES_THERE = "mbarrier.wait(values_ready.index(s), (turn // STAGES) & 1)"
+_VALUES_BACK = "mbarrier.arrive(values_free.index(s))"
+_RUN_THERE = "mbarrier.wait(ready.index(s), (g // RUNS) & 1)"
+_RUN_BACK = "mbarrier.arrive(free.index(s))"
+_GIVEN_BACK = "mbarrier.arrive(free.index(block % KEYS))"
+FAULTS: dict[str, tuple[str, ModuleType, str, dict[str, str]]] = {
+    "values are not waited for": ("decode", gluon_decode, "_block", {_VALUES_THERE: "pass"}),
     "keys are given back before they are read": (
         "decode",
-        (
-            gluon_decode,
-            "_block",
-            "coming = _scores(keys, after",
-            "mbarrier.arrive(keys_free.index(after))\n    coming = _scores(keys, after",
-        ),
+        gluon_decode,
+        "_block",
+        {_KEYS_BACK: "pass", "coming = _scores(": f"{_KEYS_BACK}\n    coming = _scores("},
+    ),
+    "values are given back before they are read": (
+        "decode",
+        gluon_decode,
+        "_block",
+        {_VALUES_BACK: "pass", _VALUES_THERE: f"{_VALUES_THERE}\n    {_VALUES_BACK}"},
     ),
     "what lies beyond the last key is seen": (
         "decode",
-        (gluon_decode, "_block", "(j < left)[:, None]", "(j < SPAN)[:, None]"),
+        gluon_decode,
+        "_block",
+        {"(j < left)[:, None]": "(j < SPAN)[:, None]"},
     ),
-    "scores are not waited for": ("chain", (gluon_chain, "_scored", "known <= g", "False")),
+    "scores are not waited for": ("chain", gluon_chain, "_scored", {"known <= g": "False"}),
     "runs are given back before they are read": (
         "chain",
-        (
-            gluon_chain,
-            "_consume",
-            "mbarrier.wait(ready.index(s), (g // RUNS) & 1)",
-            "mbarrier.wait(ready.index(s), (g // RUNS) & 1)\n        mbarrier.arrive(free.index(s))",
-        ),
+        gluon_chain,
+        "_consume",
+        {_RUN_BACK: "pass", _RUN_THERE: f"{_RUN_THERE}\n        {_RUN_BACK}"},
     ),
     "counts are not zeroed": (
         "chain",
-        (
-            gluon_chain,
-            "_consume",
-            "for first in range(0, gl.cdiv(blocks, RUN), 128):",
-            "for first in ():",
-        ),
+        gluon_chain,
+        "_consume",
+        {"for first in range(0, gl.cdiv(blocks, RUN), 128):": "for first in ():"},
     ),
     "a prompt's values are not waited for": (
         "prefill",
-        (
-            gluon_prefill,
-            "_advance",
-            "mbarrier.wait(values_ready.index(vs), (block // VALUES) & 1)",
-            "pass",
-        ),
+        gluon_prefill,
+        "_advance",
+        {"mbarrier.wait(values_ready.index(vs), (block // VALUES) & 1)": "pass"},
     ),
     "each group gives a block back twice": (
         "prefill",
-        (
-            gluon_prefill,
-            "_advance",
-            "mbarrier.arrive(free.index(block % KEYS))",
-            "[mbarrier.arrive(free.index(block % KEYS)) for _ in range(2)]",
-        ),
+        gluon_prefill,
+        "_advance",
+        {_GIVEN_BACK: f"[{_GIVEN_BACK} for _ in range(2)]"},
     ),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_control_planted_fault_is_caught(fault: str) -> None:
-    kernel, where = FAULTS[fault]
+    """In some order of who goes on: a place that is given back too early may be filled late enough."""
+    assert any(not _passes(fault, seed) for seed in range(_ORDERS))
+
+
+_ORDERS = 4
+
+
+def _passes(fault: str, seed: int) -> bool:
+    """Whether a kernel with this fault gives the canonical bits in the order drawn by `seed`."""
+    kernel, module, function, edits = FAULTS[fault]
     if kernel == "prefill":
         case, expected = case_of(PROMPTS, 4, 64, TILES)
-        with feeding(0, programs=3) as feed, planted(*where):
-            caught(case, expected, fed(case, feed, at_hand=False))
-    elif kernel == "decode":
-        with streaming(1, programs=2) as serve, planted(*where):
-            caught(*case_of(*DECODED), partial(serve, streamed=Streamed(2)))
-    else:
-        with phased(0, places=132) as serve, planted(*where):
-            caught(*case_of(*DECODED), serve)
+        with feeding(seed, programs=3) as feed, planted(module, function, edits):
+            return _right(case, expected, fed(case, feed, at_hand=False))
+    case, expected = case_of(*DECODED)
+    if kernel == "decode":
+        with streaming(seed, programs=2) as serve, planted(module, function, edits):
+            return _right(case, expected, partial(serve, streamed=Streamed(2)))
+    with phased(seed, places=132) as serve, planted(module, function, edits):
+        return _right(case, expected, serve)
 
 
-def caught(case: GpuAttentionCase, expected: torch.Tensor, serve: Serve) -> None:
-    with pytest.raises(AssertionError):  # of which a HandoverError is one
-        assert gives(case, expected, serve)
+def _right(case: GpuAttentionCase, expected: torch.Tensor, serve: Serve) -> bool:
+    try:
+        return gives(case, expected, serve)
+    except AssertionError:  # of which a HandoverError is one
+        return False

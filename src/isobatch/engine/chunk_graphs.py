@@ -39,7 +39,8 @@ class ChunkGraphs:
         ops: its own.
         tiling: of these ops.
         caches: one per layer.
-        tables: the block tables, shared with the recordings of decode.
+        tables: the block tables, shared with the recordings of decode; with a row more than there are
+            sequences, for one that is not there.
         max_sequences: the most sequences of a step.
     """
 
@@ -54,7 +55,9 @@ class ChunkGraphs:
     ) -> None:
         self._decoder, self._ops, self._caches, self._tables = decoder, ops, caches, tables
         self._tiling = tiling
-        # A tile begins with a query of its own.
+        # Sequences, singles and tiles have a query of their own each. Only where a group has more heads than
+        # a tile has rows there may be more tiles, and then a step is not recorded.
+        assert len(tables.tensor) > max_sequences
         self._inputs = GraphInputs(ops, max_sequences, [_form((_RUNGS[-1],) * 3)])
         self._seen: set[_Size] = set()
         self._recorded: dict[_Size, Recording | None] = {}
@@ -74,6 +77,8 @@ class ChunkGraphs:
             return None
         requests, firsts, singles = self._tiling.cut(queries, [chunk.end for chunk in step.chunks])
         rows, tiles = _RUNGS[bisect_left(_RUNGS, sum(queries))], _padded(len(requests))
+        if tiles > _RUNGS[-1]:
+            return None
         size = rows, tiles, _padded(len(singles)) if singles else 0
         if size not in self._seen:
             self._seen.add(size)

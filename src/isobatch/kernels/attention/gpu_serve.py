@@ -150,7 +150,8 @@ class Attention:
                 that is alone in a step if the library has plans for its length.
 
         Returns:
-            Like q, contiguous. A padded request's row, of context length 0, is zero.
+            Like q, contiguous. A padded request's row, of context length 0, is zero; of `TiledRows` nobody
+            writes it, and it is anything.
 
         Determinism:
             Row t depends on its query and on its request's keys and values up to its position.
