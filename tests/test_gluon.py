@@ -256,14 +256,18 @@ FAULTS: dict[str, tuple[str, ModuleType, str, dict[str, str]]] = {
     ),
 }
 
+BY_ORDER = {
+    "values are not waited for",
+    "keys are given back before they are read",
+    "values are given back before they are read",
+}
+"""Faults that do no harm in some orders of who goes on: what is not waited for may come in time."""
+
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_control_planted_fault_is_caught(fault: str) -> None:
-    """In some order of who goes on: a place that is given back too early may be filled late enough."""
-    assert any(not _passes(fault, seed) for seed in range(_ORDERS))
-
-
-_ORDERS = 4
+    orders = range(4) if fault in BY_ORDER else (0,)
+    assert any(not _passes(fault, seed) for seed in orders)
 
 
 def _passes(fault: str, seed: int) -> bool:
