@@ -2,8 +2,8 @@
 
 The interpreter runs a kernel's logic as Python; it says nothing about what the compiler refuses, or about a
 tile that wants more shared memory than there is. A kernel that is launched early must wait before it touches
-memory, or writes it if it runs beside the one before: that is seen in its code. Prints a line per member; the
-exit code is 1 if any fails.
+memory other than settled tables, or writes it if it runs beside the one before: that is seen in its code.
+Prints a line per member; the exit code is 1 if any fails.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from isobatch.kernels.gpu import device as gpu
 _TOUCHES = re.compile(r"\b(?:ld\.global|st\.global|ld\.relaxed|atom|red\.|cp\.async(?!\.bulk\.prefetch))")
 _WRITES = re.compile(r"\b(?:st\.global|atom|red\.)")
 _LETS = re.compile(r"\bgriddepcontrol\.launch_dependents")
+_SETTLED = re.compile(r"^.*// settled$", re.MULTILINE)
 _SHARED_BYTES = 232_448  # what one program may have on compute capability 9.0
 
 
@@ -66,10 +67,11 @@ def touches_too_early(ptx: str) -> bool:
     """Whether the code of a kernel that is launched early reads or writes memory before it waits.
 
     Asking the second-level cache for weights, which no kernel writes, is neither. A kernel that runs beside
-    the one before acquires what that one counts, and may not write. Nobody may let the next one begin before
-    it has waited itself, for what is older than both that one takes to be there. The text shows one wait's
-    place, and not which of several is passed.
+    the one before acquires what that one counts, and may not write. What is marked as settled may be looked
+    up at any time. Nobody may let the next one begin before it has waited itself, for what is older than both
+    that one takes to be there. The text shows one wait's place, and not which of several is passed.
     """
+    ptx = _SETTLED.sub("", ptx)
     wait, beside = ptx.find("griddepcontrol.wait"), "ld.acquire.gpu" in ptx
     if beside and ptx.count("griddepcontrol.wait") > 1:
         return True

@@ -236,6 +236,7 @@ _FUNCTIONS: dict[str, Any] = {
     "fence_async_shared": _nothing,
     "gdc_launch_dependents": _nothing,
     "acquired": _acquired,
+    "looked_up": lambda at, _settled: _Language.load(at),
     "lane_sums_down": _lanes_down,
     "lane_sums": lambda p, rows: _lanes_down(np.asarray(p).T, rows),
     "row_total": _row_total,

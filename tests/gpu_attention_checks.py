@@ -106,7 +106,7 @@ def padded_requests_are_inert_and_zero() -> None:
         lengths = rows.context_lengths.clone()
         lengths[1] = 0
         # In a graph the plain ints are bounds, and tables hold anything that is a block.
-        rows = replace(rows, context_lengths=lengths, contexts=(256,) * 3, _made={})
+        rows = replace(rows, context_lengths=lengths, contexts=(256,) * 3, settled=False, _made={})
         out: torch.Tensor = run(q, cache, rows, scale)
         return out
 
@@ -143,6 +143,7 @@ def requests_without_queries_are_inert() -> None:
                 block_tables=torch.cat((rows.block_tables, rows.block_tables[:1])).repeat(1, 8),
                 queries=(1, 1, 0),
                 contexts=(*lengths, 0),
+                settled=False,
                 _made={},
             )
             out = torch.empty_like(q)
@@ -199,7 +200,7 @@ def a_batch_holds_whole_prompts_and_zeros() -> None:
         tables = rows.block_tables.clone()
         for r, (_, end) in enumerate(spans):
             tables[r, -(-end // PAGE) :] = 2**30  # what lies beyond a request's pages is anything
-        rows = replace(rows, block_tables=tables, _made={})
+        rows = replace(rows, block_tables=tables, settled=False, _made={})
         with guarded() as kept:
             batch, keys, values = into_batch(q, cache, rows, chosen)
         assert kept(), "wrote beyond the memory that it asked for"
@@ -249,6 +250,7 @@ def rings_run_on_from_item_to_item() -> None:
                 block_tables=rows.block_tables[at],
                 queries=(*(1,) * middle, 0, *(1,) * (len(ends) - middle)),
                 contexts=tuple(ends[r] for r in at),
+                settled=False,
                 _made={},
             )
             return attention_streamed(q, cache, rows, scale, streamed=streamed)
@@ -259,6 +261,31 @@ def rings_run_on_from_item_to_item() -> None:
                 with patch.object(gluon_decode, "multiprocessors", lambda programs=programs: programs):
                     got = case.call(member)[0]
                 assert bits_equal(got, expected), (D, G, programs, streamed)
+
+
+def tables_that_come_right_before_are_seen() -> None:
+    """A copy is waited for before a kernel begins, also by one that looks its tables up before it waits."""
+    ends = (300, 129, 17)
+    q, k, v = numbers("tables", len(ends), max(ends), 8, 2, 128, dtypes()[0])
+    case = GpuAttentionCase(tuple((r, end - 1) for r, end in enumerate(ends)), q, k, v)
+    expected = case.call(MEMBERS[0])[0]
+    busy = torch.ones(4096, 4096, device=device())
+
+    def copied(
+        q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float, member: Member
+    ) -> torch.Tensor:
+        assert rows.settled
+        stale = replace(rows, context_lengths=torch.ones_like(rows.context_lengths), _made={})
+        lengths = torch.tensor(ends, dtype=torch.int32).pin_memory()
+        torch.mm(busy, busy)
+        stale.context_lengths.copy_(lengths, non_blocking=True)
+        out: torch.Tensor = member.function(q=q, cache=cache, rows=stale, scale=scale)
+        return out
+
+    for name in ("streamed", "phases", "down, gathered"):
+        member = Member(name, partial(copied, member=ATTENTION_GPU.member(name)), GPU_ATTENTION)
+        for _ in range(20):
+            assert bits_equal(case.call(member)[0], expected), name
 
 
 def runs_of_blocks_are_handed_over() -> None:

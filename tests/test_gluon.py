@@ -10,6 +10,7 @@ import random
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, partial
 from types import ModuleType
 from typing import Any
@@ -28,7 +29,7 @@ from isobatch.kernels.attention import (
     gpu_serve,
     triton_phases,
 )
-from isobatch.kernels.attention.gluon_decode import Streamed, attention_streamed
+from isobatch.kernels.attention.gluon_decode import Streamed, attention_streamed, streamed_of
 from isobatch.kernels.attention.gluon_prefill import attention_fed
 from isobatch.kernels.attention.gpu_record import (
     ATTENTION_GPU,
@@ -184,10 +185,27 @@ def fed(case: GpuAttentionCase, feed: Serve, at_hand: bool) -> Serve:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_recorded_steps_stream_single_queries(seed: int) -> None:
-    """Beside a chunk, which has tiles, and with one more that is not there."""
+    """Beside a chunk, which has tiles; there is room for one more, and programs that find nothing to do."""
     case, expected = case_of((*last_of(300, 1), (90, 140), *last_of(129, 700)), 8, 64)
-    with streaming(seed, programs=2), patch.object(gpu_serve, "gluon_runs", lambda: True):
-        assert gives(case, expected, ATTENTION_GPU.member("listed").function)
+    for programs in (2, 9):
+        with streaming(seed, programs), patch.object(gpu_serve, "gluon_runs", lambda: True):
+            assert gives(case, expected, ATTENTION_GPU.member("listed").function)
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_of_no_single_queries_nothing_is_written(settled: bool) -> None:
+    case, _ = case_of(last_of(300, 1), 8, 64)
+
+    def serve(q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float) -> torch.Tensor:
+        out, none = torch.full_like(q, 7), GpuPagedRows.upload([0])
+        rows = replace(rows, settled=settled)
+        requests = GpuPagedRows.upload([0, 0])
+        streamed_of(q, cache, rows, scale, requests, 2, none, streamed=Streamed(2), out=out)
+        return out
+
+    with streaming(0, programs=3):
+        (out,) = case.call(Member("none", serve, GPU_ATTENTION))
+    assert (out == 7).all()
 
 
 PROMPTS = ((0, 200), (130, 300), (0, 1), (5, 129))

@@ -58,7 +58,7 @@ def expect_eager(asks: Sequence[Ask], where: str, arrivals: Sequence[int], **set
     graphs = busy._runner._chunks
     assert graphs is not None
     if INTERPRETED:  # no time to wait until every size has come before
-        graphs._seen.update((16, 2**at, singles) for at in range(4, 8) for singles in (0, 16))
+        graphs._seen.update((16, 2**at, singles) for at in range(4, 8) for singles in (False, True))
     for at in range(1 if INTERPRETED else 2):
         for ask, reply in zip(asks, drive(busy, asks, arrivals=arrivals), strict=True):
             expect_same(reply, eager(ask), f"{where}, time {at}")

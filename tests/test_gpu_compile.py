@@ -97,6 +97,38 @@ def test_a_step_of_another_size_compiles_nothing_anew() -> None:
     assert (ran.returncode, ran.stdout) == (0, "done\n"), ran.stderr
 
 
+# Of decode's kernels: waits in the text, and loads in the machine's code before its first wait.
+_SETTLED = """
+from tests import compile_gpu_kernels as script
+compiled = script._compile_only()
+from isobatch.kernels.attention.gpu_record import ATTENTION_GPU
+from isobatch.kernels.qkv.gpu_record import QK_NORM_ROTARY_WRITE
+attention = ATTENTION_GPU.draw("settled", 41, "grouped/bf16")
+for member in ("streamed", "phases", "down, gathered", "listed"):
+    attention.call(ATTENTION_GPU.member(member))
+rule = QK_NORM_ROTARY_WRITE.member("rule")
+QK_NORM_ROTARY_WRITE.draw("settled", 3, QK_NORM_ROTARY_WRITE.variants[0]).call(rule)
+for kernel in compiled:
+    if "// settled" in kernel.asm["ptx"]:
+        machine = kernel.asm["sass"]
+        before = machine[: machine.index("ACQBULK")]
+        print(kernel.metadata.name, kernel.asm["ptx"].count("griddepcontrol.wait"), before.count("LDG") > 1)
+"""
+
+
+def test_settled_tables_are_looked_up_before_the_wait() -> None:
+    """And each of the three groups of warps of decode in Gluon waits for itself."""
+    ran = _run("-c", _SETTLED)
+    expected = [
+        "_decode_kernel 3 True",
+        "_scores_kernel 1 True",
+        "_decode_kernel 1 True",
+        "_decode_kernel 3 True",
+        "_qk_norm_rotary_write_kernel 1 True",
+    ]
+    assert (ran.returncode, ran.stdout.splitlines()) == (0, expected), ran.stderr
+
+
 _RESCALES = """
 import re
 from tests import compile_gpu_kernels as script

@@ -78,7 +78,7 @@ class _Requests:
         starts = GpuPagedRows.upload([r * queries for r in range(requests + 1)])
         lengths = GpuPagedRows.upload([context] * requests)
         ints = (queries,) * requests, (context,) * requests
-        return GpuPagedRows(starts, lengths, self.tables[:requests], starts.long(), *ints)
+        return GpuPagedRows(starts, lengths, self.tables[:requests], starts.long(), *ints, settled=True)
 
     def _step(self, copy: int) -> tuple[torch.Tensor, StepKeys]:
         """A fresh prompt's queries, keys and values as the engine has them."""

@@ -2,9 +2,9 @@
 
 A step of a few hundred tokens takes the device less than it takes the host to queue it, so that every prompt
 that arrives would hold up all who decode. It is recorded like a step of decode (`engine/graphs.py`), for
-sizes further apart: so many tokens, so many tiles of attention's, so many sequences that decode. How the
-tokens are shared out among sequences is read from the device, so that one recording serves any mixture. Long
-steps are queued as ever: there the device has more to do than the host.
+sizes further apart: so many tokens, so many tiles of attention's. How the tokens are shared out among
+sequences, and how many of those decode, is read from the device, so that one recording serves any mixture.
+Long steps are queued as ever: there the device has more to do than the host.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from isobatch.models.inputs import Batch
 from isobatch.ops.queued import QueuedOps, Tiling
 
 _RUNGS = (16, 32, 64, 128, 192, 256, 384, 512, 640, 768, 896, 1024)
-_LEAST = 16  # tiles, and singles if there are any
+_LEAST = 16  # tiles
 
-_Size = tuple[int, int, int]
-"""Tokens, tiles and singles, padded ones included."""
+_Size = tuple[int, int, bool]
+"""Tokens and tiles, padded ones included, and whether there are singles."""
 
 
 class ChunkGraphs:
@@ -39,8 +39,7 @@ class ChunkGraphs:
         ops: its own.
         tiling: of these ops.
         caches: one per layer.
-        tables: the block tables, shared with the recordings of decode; with a row more than there are
-            sequences, for one that is not there.
+        tables: the block tables, shared with the recordings of decode.
         max_sequences: the most sequences of a step.
     """
 
@@ -57,8 +56,7 @@ class ChunkGraphs:
         self._tiling = tiling
         # Sequences, singles and tiles have a query of their own each. Only where a group has more heads than
         # a tile has rows there may be more tiles, and then a step is not recorded.
-        assert len(tables.tensor) > max_sequences
-        self._inputs = GraphInputs(ops, max_sequences, [_form((_RUNGS[-1],) * 3)])
+        self._inputs = GraphInputs(ops, max_sequences, [_form((_RUNGS[-1], _RUNGS[-1], True))])
         self._seen: set[_Size] = set()
         self._recorded: dict[_Size, Recording | None] = {}
 
@@ -79,7 +77,7 @@ class ChunkGraphs:
         rows, tiles = _RUNGS[bisect_left(_RUNGS, sum(queries))], _padded(len(requests))
         if tiles > _RUNGS[-1]:
             return None
-        size = rows, tiles, _padded(len(singles)) if singles else 0
+        size = rows, tiles, bool(singles)
         if size not in self._seen:
             self._seen.add(size)
             return None
@@ -102,8 +100,8 @@ class ChunkGraphs:
                 "starts": found.starts,
                 "lengths": found.lengths,
                 "tiles": [*requests, *spare, *firsts, *[0] * len(spare)],
-                # The one behind the last sequence: it is not there, but has a place in the block tables.
-                "singles": [*singles, *[len(queries)] * (size[2] - len(singles))],
+                "singles": singles,
+                "single_count": [len(singles)],
                 "wanted": found.logit_rows,
             },
         )
@@ -120,8 +118,8 @@ class ChunkGraphs:
         nobody = {"sources": self._inputs.sources(rows, {}), "tiles": [rows] * tiles}
         self._inputs.send(_form(size), nobody)
         at = self._inputs.views(_form(size))
-        tiled = at["tiles"].view(2, tiles), at["singles"]
-        paged = TiledRows(at["starts"], at["lengths"], self._tables.tensor, at["slots"], *tiled)
+        tiled = at["tiles"].view(2, tiles), at["singles"], at["single_count"]
+        paged = TiledRows(at["starts"], at["lengths"], self._tables.tensor, at["slots"], *tiled, settled=True)
 
         def work() -> torch.Tensor:
             batch = Batch(self._inputs.tokens(at["sources"]), at["positions"], paged, None)
@@ -142,5 +140,6 @@ def _form(size: _Size) -> Form:
         "starts": Section(torch.int32, rows + 2),
         "lengths": Section(torch.int32, rows + 1),
         "tiles": Section(torch.int32, 2 * tiles),
-        "singles": Section(torch.int32, singles),
+        "singles": Section(torch.int32, rows if singles else 0),
+        "single_count": Section(torch.int32, 1),
     }

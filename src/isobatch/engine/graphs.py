@@ -112,7 +112,7 @@ class DecodeGraphs:
         max_context: the most tokens of a sequence.
 
     Attributes:
-        tables: the block tables, a row for each row of a step, and one more.
+        tables: the block tables, a row for each row of a step.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class DecodeGraphs:
         self._rungs = ladder(max_rows)
         self._max_context = max_context
         most = self._rungs[-1]
-        self.tables = BlockTables(ops, most + 1, -(-max_context // ops.page))
+        self.tables = BlockTables(ops, most, -(-max_context // ops.page))
         self._inputs = GraphInputs(ops, most, [_form(most), _form(min(most, DRAWN), drawn=True)])
         self._recorded: dict[_Size, Recording | None] = {}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -93,12 +93,15 @@ class PagedRows:
         block_tables: int32 [R, B]: block_tables[r, i] holds keys 16 i .. 16 i + 15 of request r, where a
             layout's page is 16 tokens.
         slots: int64 [T]: block * 16 + offset at which each row's own key and value are stored.
+        settled: whether all that, and the rows' positions, was written by copies, or by kernels after which
+            others came that wait. Then a kernel that is launched early may look it up before it waits.
     """
 
     query_starts: torch.Tensor
     context_lengths: torch.Tensor
     block_tables: torch.Tensor
     slots: torch.Tensor
+    settled: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +113,10 @@ class TiledRows(PagedRows):
 
     Args:
         tiles: int32 [2, tiles]: of each tile the request, and the tile's first row within it.
-        singles: int32 [singles]: requests of one query that have no tile.
+        singles: int32 [most]: requests of one query that have no tile.
+        single_count: int32 [1]: how many of them there are.
     """
 
     tiles: torch.Tensor
     singles: torch.Tensor
+    single_count: torch.Tensor

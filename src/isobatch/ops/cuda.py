@@ -54,7 +54,13 @@ class CudaOps(QueuedOps):
         rows = super().paged_rows(starts, lengths, tables, slots)
         queries = tuple(after - before for before, after in pairwise(starts))
         return GpuPagedRows(
-            rows.query_starts, rows.context_lengths, rows.block_tables, rows.slots, queries, tuple(lengths)
+            rows.query_starts,
+            rows.context_lengths,
+            rows.block_tables,
+            rows.slots,
+            queries,
+            tuple(lengths),
+            settled=True,
         )
 
     def send(self, numbers: torch.Tensor, to: torch.Tensor) -> None:
@@ -67,7 +73,7 @@ class CudaOps(QueuedOps):
         """Rows of one query each, as `QueuedOps` says."""
         starts = self.tensor(list(range(len(lengths) + 1)), torch.int32)
         ones, bounds = (1,) * len(lengths), (context,) * len(lengths)
-        return GpuPagedRows(starts, lengths, tables, slots, ones, bounds)
+        return GpuPagedRows(starts, lengths, tables, slots, ones, bounds, settled=True)
 
     def recorded(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
         """Records work as a CUDA graph."""

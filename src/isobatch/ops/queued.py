@@ -51,6 +51,8 @@ class QueuedOps(Ops, ABC):
     ) -> PagedRows:
         """Rows of one query each, whose lengths, tables and slots are read where they lie when kernels run.
 
+        They must be settled (`PagedRows`) whenever these do.
+
         Args:
             lengths: int32 [R], 0 for a padded row.
             tables: int32 [R, pages].

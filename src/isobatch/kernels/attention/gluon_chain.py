@@ -44,14 +44,14 @@ RUN = gl.constexpr(triton_phases.RUN)  # four: look-ups and scales spell them ou
 
 @gluon.jit
 def _look_up(place, g, PAIR: gl.constexpr):
-    """A producer's pages of a run of blocks."""
+    """A producer's pages of a run of blocks; unmarked, for all that this kernel looks up is settled."""
     table, _, _, _, _, last_page = place
     n = g * RUN
     return (
-        pair_of_pages(table, n, last_page, PAIR),
-        pair_of_pages(table, n + 1, last_page, PAIR),
-        pair_of_pages(table, n + 2, last_page, PAIR),
-        pair_of_pages(table, n + 3, last_page, PAIR),
+        pair_of_pages(table, n, last_page, PAIR, False),
+        pair_of_pages(table, n + 1, last_page, PAIR, False),
+        pair_of_pages(table, n + 2, last_page, PAIR, False),
+        pair_of_pages(table, n + 3, last_page, PAIR, False),
     )
 
 

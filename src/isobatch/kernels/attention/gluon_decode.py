@@ -37,19 +37,19 @@ from isobatch.kernels.attention.gpu_rows import GpuKVCache, GpuPagedRows
 from isobatch.kernels.attention.launch import begin, exponent_scale
 from isobatch.kernels.attention.triton_steps import COLUMNS, SPAN, lane_sums_down, row_total
 from isobatch.kernels.gpu.device import multiprocessors
-from isobatch.kernels.gpu.overlap import early
+from isobatch.kernels.gpu.overlap import early, looked_up
 from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
 from isobatch.kernels.layout import PagedRows
 
 
 @gluon.jit
-def _scores(keys, s, queries, which, PARTS: gl.constexpr, HEADS: gl.constexpr, across: gl.constexpr):
-    """Begins K q^T of the block in slot s, by one of two queries: [128, HEADS]."""
+def _scores(keys, s, queries, PARTS: gl.constexpr, HEADS: gl.constexpr, across: gl.constexpr):
+    """Begins K q^T of the block in slot s: [128, HEADS]."""
     x = gl.zeros([SPAN, HEADS], gl.float32, layout=across)
-    first = queries.index(which * PARTS).permute((1, 0))
+    first = queries.index(0).permute((1, 0))
     x = warpgroup_mma(keys.index(s * PARTS), first, x, use_acc=False, is_async=True)
     if PARTS == 2:
-        second = queries.index(which * PARTS + 1).permute((1, 0))
+        second = queries.index(1).permute((1, 0))
         x = warpgroup_mma(keys.index(s * PARTS + 1), second, x, is_async=True)
     return x
 
@@ -75,7 +75,7 @@ def _query(
 
 @gluon.jit
 def _block(
-    state, mine, rings, q, which, turn, left, more, c, LAST: gl.constexpr, HEADS: gl.constexpr,
+    state, mine, rings, q, turn, left, more, c, LAST: gl.constexpr, HEADS: gl.constexpr,
     PARTS: gl.constexpr, STAGES: gl.constexpr, across: gl.constexpr, by_lane: gl.constexpr,
     chains: gl.constexpr,
 ):  # fmt: skip
@@ -84,7 +84,6 @@ def _block(
     Args:
         state: scores, maximum, lanes and results so far.
         q: the next item's query, whose first block comes after the LAST one.
-        which: the place of the query that the next scores are of.
         left: keys of the item from this block on: what lies beyond is masked in the LAST.
         more: whether there is a next block.
     """
@@ -93,14 +92,15 @@ def _block(
     keys, values, keys_ready, keys_free, values_ready, values_free = rings
     s, after = turn % STAGES, (turn + 1) % STAGES
     if LAST:
-        queries.index(which * PARTS).store(q[0])
+        # Nobody reads the item's own query any more: all its scores are there.
+        queries.index(0).store(q[0])
         if PARTS == 2:
-            queries.index(which * PARTS + 1).store(q[1])
+            queries.index(1).store(q[1])
         fence_async_shared()
         barrier()
     # After the last item's last block the slot holds what it may: nobody looks at those scores.
     mbarrier.wait(keys_ready.index(after), ((turn + 1) // STAGES) & 1, pred=more)
-    coming = _scores(keys, after, queries, which, PARTS, HEADS, across)
+    coming = _scores(keys, after, queries, PARTS, HEADS, across)
     x = mul(x, gl.full([SPAN, HEADS], 0.0, gl.float32, layout=across) + c)
     if LAST:
         j = gl.arange(0, SPAN, layout=gl.SliceLayout(1, across))
@@ -136,9 +136,9 @@ def _block(
 
 @gluon.jit
 def _consume(
-    q, queries, weights, rings, out, query_starts, context_lengths, requests, c, q_row, q_head, out_row,
-    kv_heads, items,
+    q, queries, weights, rings, out, tables, c, q_row, q_head, out_row, kv_heads, items,
     G: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
+    SETTLED: gl.constexpr,
 ):  # fmt: skip
     across: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEADS, 16]
@@ -155,9 +155,11 @@ def _consume(
     keys, _, keys_ready, keys_free, _, _ = rings
     h = gl.arange(0, HEADS, layout=gl.SliceLayout(0, across))
     d = gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, across))
-    step, first = gl.num_programs(0), gl.program_id(0)
-    request, context = context_of(context_lengths, query_starts, requests, first, items, kv_heads)
-    request1, context1 = context_of(context_lengths, query_starts, requests, first + step, items, kv_heads)
+    query_starts, step, first = tables[0], gl.num_programs(0), gl.program_id(0)
+    request, context = context_of(tables, first, items, kv_heads, SETTLED)
+    request1, context1 = context_of(tables, first + step, items, kv_heads, SETTLED)
+    if SETTLED:
+        gdc_wait()
     q0, q1 = _query(q, query_starts, request, first % kv_heads, q_row, q_head, PARTS, G, D, HEADS)
     queries.index(0).store(q0)
     if PARTS == 2:
@@ -165,19 +167,17 @@ def _consume(
     q0, q1 = _query(q, query_starts, request1, (first + step) % kv_heads, q_row, q_head, PARTS, G, D, HEADS)
     fence_async_shared()
     barrier()
-    mbarrier.wait(keys_ready.index(0), 0)
-    x = warpgroup_mma_wait(0, deps=[_scores(keys, 0, queries, 0, PARTS, HEADS, across)])
+    mbarrier.wait(keys_ready.index(0), 0, pred=first < items)
+    x = warpgroup_mma_wait(0, deps=[_scores(keys, 0, queries, PARTS, HEADS, across)])
     barrier()
     mbarrier.arrive(keys_free.index(0))
-    turn, which = 0, 0
+    turn = 0
     for item in range(first, items, step):
         row = gl.load(query_starts + request).to(gl.int64)
         served = gl.load(query_starts + request + 1) > row
         last = blocks_of(context) - 1
         # Asked for two items before they are needed: loads that wait for loads.
-        request2, context2 = context_of(
-            context_lengths, query_starts, requests, item + 2 * step, items, kv_heads
-        )
+        request2, context2 = context_of(tables, item + 2 * step, items, kv_heads, SETTLED)
         r0, r1 = _query(
             q, query_starts, request2, (item + 2 * step) % kv_heads, q_row, q_head, PARTS, G, D, HEADS
         )
@@ -187,13 +187,12 @@ def _consume(
         state = (x, m, lanes, acc0, acc0)
         for n in range(last):
             state = _block(
-                state, (queries, weights), rings, (q0, q1), which, turn + n, context - n * SPAN, True, c,
+                state, (queries, weights), rings, (q0, q1), turn + n, context - n * SPAN, True, c,
                 False, HEADS, PARTS, STAGES, across, by_lane, chains,
             )  # fmt: skip
         turn += last
-        which = 1 - which
         x, m, lanes, acc0, acc1 = _block(
-            state, (queries, weights), rings, (q0, q1), which, turn, context - last * SPAN,
+            state, (queries, weights), rings, (q0, q1), turn, context - last * SPAN,
             item + step < items, c, True, HEADS, PARTS, STAGES, across, by_lane, chains,
         )  # fmt: skip
         turn += 1
@@ -214,15 +213,18 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["items"])
 def _decode_kernel(
-    q, k, v, out, query_starts, context_lengths, block_tables, requests, c,
+    q, k, v, out, query_starts, context_lengths, block_tables, requests, counted, c,
     q_row, q_head, out_row, table_row, kv_heads, items,
     G: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
-    tile: gl.constexpr,
+    SETTLED: gl.constexpr, tile: gl.constexpr,
 ):  # fmt: skip
-    """Axis: a program's first item; an item is a key/value head of a request."""
+    """Axis: a program's first item; an item is a key/value head of a request.
+
+    Where there is `counted`, int32 [1], it says how many requests there are. SETTLED: as in `PagedRows`.
+    """
     keys = gl.allocate_shared_memory(k.dtype, [STAGES * PARTS, SPAN, COLUMNS], k.layout)
     values = gl.allocate_shared_memory(k.dtype, [STAGES * PARTS, SPAN, COLUMNS], k.layout)
-    queries = gl.allocate_shared_memory(k.dtype, [2 * PARTS, HEADS, COLUMNS], tile)
+    queries = gl.allocate_shared_memory(k.dtype, [PARTS, HEADS, COLUMNS], tile)
     weights = gl.allocate_shared_memory(k.dtype, [HEADS, SPAN], tile)
     keys_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     keys_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -234,29 +236,33 @@ def _decode_kernel(
         mbarrier.init(values_ready.index(s), count=1)
         mbarrier.init(values_free.index(s), count=1)
     fence_async_shared()
-    gdc_wait()
+    if not SETTLED:
+        gdc_wait()
+    if counted is not None:
+        items = kv_heads * looked_up(counted, SETTLED)
     rings = (keys, values, keys_ready, keys_free, values_ready, values_free)
+    tables = (query_starts, context_lengths, requests)
     gl.warp_specialize(
         [
             (
                 _consume,
                 (
-                    q, queries, weights, rings, out, query_starts, context_lengths, requests, c, q_row,
-                    q_head, out_row, kv_heads, items, G, D, HEADS, PARTS, STAGES,
+                    q, queries, weights, rings, out, tables, c, q_row, q_head, out_row, kv_heads, items,
+                    G, D, HEADS, PARTS, STAGES, SETTLED,
                 ),
             ),
             (
                 produce,
                 (
-                    k, keys, keys_ready, keys_free, query_starts, context_lengths, block_tables, requests,
-                    table_row, kv_heads, items, PARTS, STAGES,
+                    k, keys, keys_ready, keys_free, tables, block_tables, table_row, kv_heads, items,
+                    PARTS, STAGES, SETTLED,
                 ),
             ),
             (
                 produce,
                 (
-                    v, values, values_ready, values_free, query_starts, context_lengths, block_tables,
-                    requests, table_row, kv_heads, items, PARTS, STAGES,
+                    v, values, values_ready, values_free, tables, block_tables, table_row, kv_heads, items,
+                    PARTS, STAGES, SETTLED,
                 ),
             ),
         ],
@@ -296,7 +302,8 @@ def attention_streamed(
     """
     chosen, out = begin(q, rows, chosen, out)
     if chosen:
-        streamed_of(q, cache, rows, scale, rows.requests(chosen), len(chosen), streamed=streamed, out=out)
+        requests = rows.requests(chosen)
+        streamed_of(q, cache, rows, scale, requests, len(chosen), streamed=streamed, out=out)
     return out
 
 
@@ -307,18 +314,23 @@ def streamed_of(
     scale: float,
     requests: torch.Tensor | None,
     count: int,
+    counted: torch.Tensor | None = None,
     *,
     streamed: Streamed,
     out: torch.Tensor,
 ) -> None:
-    """The same of `count` requests that are known on the device, int32 [count]; None: the first ones."""
+    """The same of requests that are known on the device, int32 [count]; None: the first ones.
+
+    If it is `counted` there how many of them there are, int32 [1], `count` is the most there may be.
+    """
     _, kv_heads, page, D = cache.k.shape
     G = q.shape[1] // kv_heads
     items = kv_heads * count
     _decode_kernel[(min(items, multiprocessors()),)](
         q, rows_of(cache.k, page), rows_of(cache.v, page), out, rows.query_starts, rows.context_lengths,
-        rows.block_tables, requests, exponent_scale(scale), q.stride(0), q.stride(1), out.stride(0),
+        rows.block_tables, requests, counted, exponent_scale(scale), q.stride(0), q.stride(1), out.stride(0),
         rows.block_tables.stride(0), kv_heads, items,
         G=G, D=D, HEADS=padded_heads(G), PARTS=-(-D // COLUMNS.value),
-        STAGES=streamed.stages, tile=layout(q.dtype), num_warps=4, maxnreg=streamed.registers, **early(),
+        STAGES=streamed.stages, SETTLED=rows.settled, tile=layout(q.dtype), num_warps=4,
+        maxnreg=streamed.registers, **early(),
     )  # fmt: skip

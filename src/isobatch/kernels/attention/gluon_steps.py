@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from isobatch.kernels.attention.triton_steps import COLUMNS, PAGE, SPAN
+from isobatch.kernels.gpu.overlap import looked_up
 
 # Names that later releases have changed; where both are there, the older one only says so.
 bulk_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -49,10 +50,11 @@ def rows_of(tensor: torch.Tensor, rows: int, columns: int = COLUMNS.value) -> Te
 
 
 @gluon.jit
-def pair_of_pages(table, n, last, PAIR: gl.constexpr):
+def pair_of_pages(table, n, last, PAIR: gl.constexpr, SETTLED: gl.constexpr):
     """Two of block n's eight pages; beyond the last page, that one again."""
     i = n * 8 + PAIR * 2
-    return gl.load(table + gl.minimum(i, last)), gl.load(table + gl.minimum(i + 1, last))
+    first = looked_up(table + gl.minimum(i, last), SETTLED)
+    return first, looked_up(table + gl.minimum(i + 1, last), SETTLED)
 
 
 @gluon.jit

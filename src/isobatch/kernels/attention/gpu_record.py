@@ -78,6 +78,7 @@ class GpuAttentionCase(AttentionCase):
             slots,
             tuple(b - a for a, b in pairwise(starts)),
             tuple(lengths),
+            settled=True,
         )
         q = torch.stack([self.q[request, position] for request, position in self.queries])
         return lambda: (member.function(q=q, cache=cache, rows=rows, scale=1 / math.sqrt(D)),)
@@ -139,15 +140,18 @@ def _tiled(tile: Tile) -> Any:
 
 
 def _listed(q: torch.Tensor, cache: GpuKVCache, rows: GpuPagedRows, scale: float) -> torch.Tensor:
-    """As a recording has it: one more request, which has no queries, with a tile, and among the singles."""
+    """As a recording has it: one more request without queries, with a tile; and room for one more single."""
     tiling, nobody = Tiling(q.shape[1], cache.k.shape[1], q.shape[2]), len(rows.queries)
     requests, firsts, singles = tiling.cut(rows.queries, rows.contexts)
     tiles = GpuPagedRows.upload([[*requests, nobody], [*firsts, 0]])
-    alone = GpuPagedRows.upload([*singles, nobody] if singles else [])
+    alone = GpuPagedRows.upload([*singles, 0] if singles else [])
+    count = GpuPagedRows.upload([len(singles)])
     starts, lengths, tables = (
         torch.cat((t, t[:1] * 0)) for t in (rows.query_starts, rows.context_lengths, rows.block_tables)
     )
-    return serve(q, cache, TiledRows(starts, lengths, tables, rows.slots, tiles, alone), scale)
+    # Singles are looked up after tiles, whose kernel waits.
+    listed = TiledRows(starts, lengths, tables, rows.slots, tiles, alone, count, settled=True)
+    return serve(q, cache, listed, scale)
 
 
 # Members where Gluon runs. Elsewhere others serve under these names, and would be tried twice.

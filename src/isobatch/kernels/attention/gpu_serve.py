@@ -197,16 +197,16 @@ class Attention:
         return "down" if programs <= 2 * multiprocessors() and head_size <= _WIDE else "tiles"
 
     def _listed(self, q: torch.Tensor, cache: GpuKVCache, rows: TiledRows, scale: float) -> torch.Tensor:
-        D, singles = cache.k.shape[3], rows.singles
+        D, known = cache.k.shape[3], (rows.singles, len(rows.singles), rows.single_count)
         out = attention_listed(q, cache, rows, scale, tile=_small(D))
-        if not len(singles):
+        if not len(rows.singles):
             return out
         if self._gluon(D):
             from isobatch.kernels.attention.gluon_decode import Streamed, streamed_of
 
-            streamed_of(q, cache, rows, scale, singles, len(singles), streamed=Streamed(3), out=out)
+            streamed_of(q, cache, rows, scale, *known, streamed=Streamed(3), out=out)
         else:
-            down_of(q, cache, rows, scale, singles, len(singles), down=_down(D), out=out)
+            down_of(q, cache, rows, scale, *known, down=_down(D), out=out)
         return out
 
     def _gluon(self, head_size: int) -> bool:

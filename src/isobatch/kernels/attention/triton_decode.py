@@ -27,7 +27,7 @@ from isobatch.kernels.attention.triton_steps import (
     product,
     row_total,
 )
-from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin
+from isobatch.kernels.gpu.overlap import early, inputs_ready, looked_up, next_may_begin
 from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
 from isobatch.kernels.layout import PagedRows
 
@@ -60,22 +60,32 @@ def _decode_blocks(
 
 @triton.jit
 def _decode_kernel(
-    q, k, v, out, query_starts, context_lengths, block_tables, requests, c,
+    q, k, v, out, query_starts, context_lengths, block_tables, requests, counted, c,
     q_row, q_head, out_row, table_row,
     block_stride: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, SETTLED: tl.constexpr,
 ):  # fmt: skip
-    """Axes: key/value head, request."""
-    inputs_ready()
-    group, request = tl.program_id(0), tl.program_id(1)
+    """Axes: key/value head, request.
+
+    Where there is `counted`, int32 [1], it says how many requests there are. SETTLED: as in `PagedRows`.
+    """
+    if not SETTLED:
+        inputs_ready()
+    group, item = tl.program_id(0), tl.program_id(1)
+    request = item
     if requests is not None:
-        request = tl.load(requests + request)
+        request = looked_up(requests + item, SETTLED)
     # A short context is a chain of loads that wait for one another: as few as can be, and no branch between.
-    context = tl.load(context_lengths + request)
-    row = tl.load(query_starts + request).to(tl.int64)
-    heads = tl.where(tl.load(query_starts + request + 1) > row, G, 0)
+    context = looked_up(context_lengths + request, SETTLED)
+    row = looked_up(query_starts + request, SETTLED).to(tl.int64)
+    heads = tl.where(looked_up(query_starts + request + 1, SETTLED) > row, G, 0)
+    if counted is not None:
+        there = item < looked_up(counted, SETTLED)
+        context, heads = tl.where(there, context, 0), tl.where(there, heads, 0)
     table = block_tables + request.to(tl.int64) * table_row
-    pages = first_pages(table, table_row, context)
+    pages = first_pages(table, table_row, context, SETTLED)
+    if SETTLED:
+        inputs_ready()
     h, d = tl.arange(0, HEADS), tl.arange(0, WIDTH)
     at = row * q_row + ((group * G + h) * q_head)[:, None] + d[None, :]
     qs = tl.load(q + at, mask=(h < heads)[:, None] & (d < D)[None, :], other=0.0)
@@ -135,14 +145,15 @@ def down_of(
     scale: float,
     requests: torch.Tensor | None,
     count: int,
+    counted: torch.Tensor | None = None,
     *,
     down: Down,
     out: torch.Tensor,
 ) -> None:
-    """The same of `count` requests that are known on the device, int32 [count]; None: the first ones."""
+    """The same of requests that are known on the device, as of `streamed_of` in `gluon_decode.py`."""
     _decode_kernel[(cache.k.shape[1], count)](
         q, cache.k, cache.v, out, rows.query_starts, rows.context_lengths, rows.block_tables, requests,
-        exponent_scale(scale), q.stride(0), q.stride(1), out.stride(0), rows.block_tables.stride(0),
+        counted, exponent_scale(scale), q.stride(0), q.stride(1), out.stride(0), rows.block_tables.stride(0),
         **group_shape(q, cache), WIDTH=triton.next_power_of_2(q.shape[2]),
-        STAGES=down.stages, num_warps=down.warps, num_stages=down.stages, **early(),
+        STAGES=down.stages, SETTLED=rows.settled, num_warps=down.warps, num_stages=down.stages, **early(),
     )  # fmt: skip

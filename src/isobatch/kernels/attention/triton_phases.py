@@ -36,7 +36,7 @@ from isobatch.kernels.attention.triton_steps import (
     row_total,
 )
 from isobatch.kernels.gpu.device import gluon_runs, multiprocessors
-from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin, release
+from isobatch.kernels.gpu.overlap import early, inputs_ready, looked_up, next_may_begin, release
 from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
 
 _LEAST_PADDED = 4  # heads
@@ -49,10 +49,10 @@ RUN = 4  # blocks that are counted, and handed over, together
 
 
 @triton.jit
-def _context(query_starts, context_lengths, request):
+def _context(query_starts, context_lengths, request, SETTLED: tl.constexpr = False):
     """Keys that a request's query sees: none without one, whatever its length, for there is no room."""
-    served = tl.load(query_starts + request + 1) > tl.load(query_starts + request)
-    return tl.where(served, tl.load(context_lengths + request), 0)
+    end, begin = looked_up(query_starts + request + 1, SETTLED), looked_up(query_starts + request, SETTLED)
+    return tl.where(end > begin, looked_up(context_lengths + request, SETTLED), 0)
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -60,21 +60,28 @@ def _scores_kernel(
     q, k, scores, maxima, counts, query_starts, context_lengths, block_tables, requests, c,
     q_row, q_head, table_row, blocks,
     block_stride: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
-    STAGES: tl.constexpr, RUN: tl.constexpr, READERS: tl.constexpr,
+    STAGES: tl.constexpr, RUN: tl.constexpr, READERS: tl.constexpr, SETTLED: tl.constexpr,
 ):  # fmt: skip
     """Axes: first block, key/value head, request. scores [R, Hkv, B, 128, G], maxima [R, Hkv, B, G].
 
     Where there are `counts` [R, Hkv, READERS, runs of blocks], a block is counted as soon as others may read
-    it, for each of its readers.
+    it, for each of its readers. SETTLED: as in `PagedRows`.
     """
-    inputs_ready()
-    next_may_begin()
+    if not SETTLED:
+        inputs_ready()
+        next_may_begin()
     group, item = tl.program_id(1), tl.program_id(2)
     request = item
     if requests is not None:
-        request = tl.load(requests + item)
-    context = _context(query_starts, context_lengths, request)
+        request = looked_up(requests + item, SETTLED)
+    context = _context(query_starts, context_lengths, request, SETTLED)
     first = tl.program_id(0)
+    table = block_tables + request.to(tl.int64) * table_row
+    # Without a key there is no page; what stands first in the table is one, or looked up in vain.
+    pages = pages_of(table, first * SPAN, tl.maximum(context, 1), SETTLED)
+    if SETTLED:
+        inputs_ready()
+        next_may_begin()
     if first * SPAN >= context:
         return
     row = tl.load(query_starts + request).to(tl.int64)
@@ -82,10 +89,8 @@ def _scores_kernel(
     inside = (d < D)[None, :]
     at = row * q_row + ((group * G + h) * q_head)[:, None] + d[None, :]
     qs = tl.load(q + at, mask=(h < G)[:, None] & inside, other=0.0)
-    table = block_tables + request.to(tl.int64) * table_row
     base = (item * tl.num_programs(1) + group).to(tl.int64) * blocks
     step = tl.num_programs(0)
-    pages = pages_of(table, first * SPAN, context)
     runs = tl.cdiv(blocks, RUN)
     counter = counts
     if counts is not None:
@@ -262,7 +267,8 @@ def attention_phases(
         q, cache.k, scores, maxima, counts, rows.query_starts, rows.context_lengths, tables, requests,
         exponent_scale(scale), q.stride(0), q.stride(1), tables.stride(0), blocks,
         **shape, WIDTH=triton.next_power_of_2(D),
-        STAGES=stages, RUN=RUN, READERS=slices, num_warps=4, num_stages=stages, **early(),
+        STAGES=stages, RUN=RUN, READERS=slices, SETTLED=rows.settled, num_warps=4, num_stages=stages,
+        **early(),
     )  # fmt: skip
     if counts is not None:
         from isobatch.kernels.attention.gluon_chain import chain

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from isobatch.kernels.gpu.device import INTERPRETED
+from isobatch.kernels.gpu.overlap import looked_up
 from isobatch.kernels.gpu.ptx import ex2, fma, mul, sub
 
 _PLAIN = tl.constexpr(INTERPRETED)
@@ -117,13 +118,15 @@ def lane_sums_down(p, HEADS: tl.constexpr):
 
 
 @triton.jit
-def pages_of(table, start, limit):
+def pages_of(table, start, limit, SETTLED: tl.constexpr = False):
     """The pages [8] of a block of keys; from key `limit` on, of which one is before, any page that exists.
 
     The load is spelt in assembly to hide it from Triton's pipeliner, which would otherwise spend every other
-    stage on it.
+    stage on it. SETTLED: as of `looked_up`.
     """
     entries = table + tl.minimum(start // PAGE + tl.arange(0, 8), (limit - 1) // PAGE)
+    if SETTLED:
+        return looked_up(entries, SETTLED)
     if _PLAIN:
         return tl.load(entries)
     return tl.inline_asm_elementwise(
@@ -132,17 +135,18 @@ def pages_of(table, start, limit):
 
 
 @triton.jit
-def first_pages(table, width, context):
+def first_pages(table, width, context, SETTLED: tl.constexpr):
     """`pages_of` the first block, read beside the context length and not after it.
 
     Args:
         table: a row of the block tables.
         width: of the row.
         context: the keys there are; of none, any page that exists is given.
+        SETTLED: as of `looked_up`.
     """
     i = tl.arange(0, 8)
-    entries = tl.load(table + tl.minimum(i, width - 1))
-    return tl.where(i * PAGE < context, entries, tl.load(table))
+    entries = looked_up(table + tl.minimum(i, width - 1), SETTLED)
+    return tl.where(i * PAGE < context, entries, looked_up(table, SETTLED))
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 Between two kernels of a step the GPU would stand still for a microsecond or two: the last programs end, the
 next ones are launched, and their first loads come back. Programmatic dependent launch (Hopper and later) lets
 a kernel take its places as soon as all programs of the one before have said `next_may_begin`. What it does
-before `inputs_ready` may touch only what no kernel of a step writes, such as weights.
+before `inputs_ready` may touch only what no kernel of a step writes, such as weights, and a step's tables.
 
 Every kernel that is launched with `early()` calls `inputs_ready` before anything else that reads or writes.
 Its end so says that all kernels before it have ended, too: memory may be given back and used again in the
@@ -58,6 +58,36 @@ def next_may_begin():
     """
     if not _PLAIN and tl.target_info.cuda_capability_geq(9, 0):
         gdc_launch_dependents()
+
+
+@triton.jit
+def looked_up(at, SETTLED: tl.constexpr):
+    """An int32 or int64 of a step's tables. Where these are settled (`PagedRows`) it may be asked for before
+    `inputs_ready`: the kernel before has waited for them before it let this one begin. In assembly, marked
+    for `tests/compile_gpu_kernels.py`; and not by way of the read-only cache, for the assembler would move
+    that behind the wait."""
+    if _PLAIN or not SETTLED:
+        return tl.load(at)
+    LONG: tl.constexpr = at.dtype.element_ty == tl.int64
+    return tl.inline_asm_elementwise(
+        "ld.global.b64 $0, [$1]; // settled" if LONG else "ld.global.b32 $0, [$1]; // settled",
+        "=l,l" if LONG else "=r,l", [at.to(tl.int64)], dtype=tl.int64 if LONG else tl.int32, is_pure=False,
+        pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def ask_ahead(at):
+    """Asks the second-level cache for the lines at these addresses, of what no kernel of a step writes.
+
+    Before `inputs_ready` it costs nothing. A norm's weights are few, but since the step before all of the
+    model's have gone through that cache, and they would come from memory.
+    """
+    if not _PLAIN:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; // $0",
+            "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -64,8 +64,8 @@ class QkvCase:
         # A step of 17 and a number of slots that is a multiple of 16 but not of 17 meet no slot twice.
         room = blocks * PAGE if blocks % 17 else (blocks - 1) * PAGE
         slots = (torch.arange(self.rows, device=qkv.device) * 17 + self.shift) % room
-        rows = PagedRows(slots, slots, slots, slots)
         at = (slots // PAGE, slice(None), slots % PAGE)
+        rows = PagedRows(slots, slots, slots, slots, settled=True)  # those were kernels, too
 
         def run() -> Outputs:
             q, own = member.function(**self.inner.per_row, **self.inner.shared, cache=cache, rows=rows)

@@ -13,7 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
-from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin
+from isobatch.kernels.gpu.overlap import (
+    ask_ahead,
+    early,
+    inputs_ready,
+    looked_up,
+    next_may_begin,
+)
 from isobatch.kernels.gpu.rows import fold, inverse_root_mean, rotated, scaled, squares
 from isobatch.kernels.layout import PAGE, PagedRows
 
@@ -92,10 +98,23 @@ def _qk_norm_rotary_write_kernel(
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
     NORM: tl.constexpr,
+    SETTLED: tl.constexpr,
 ):
-    inputs_ready()
-    next_may_begin()
     t, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if not SETTLED:
+        inputs_ready()
+        next_may_begin()
+    slot, position = looked_up(slots + t, SETTLED), looked_up(positions + t, SETTLED)
+    if SETTLED:
+        if part == 0:
+            line = tl.arange(0, (BLOCK + 15) // 16) * 16
+            ask_ahead(cos + position * HALF + tl.minimum(line, HALF - 1))
+            ask_ahead(sin + position * HALF + tl.minimum(line, HALF - 1))
+            if NORM:
+                ask_ahead(q_weight + 2 * tl.minimum(line, HALF - 1))
+                ask_ahead(k_weight + 2 * tl.minimum(line, HALF - 1))
+        inputs_ready()
+        next_may_begin()
     Q_PARTS: tl.constexpr = (H + HEADS - 1) // HEADS
     KV_PARTS: tl.constexpr = (HKV + HEADS - 1) // HEADS
     D: tl.constexpr = 2 * HALF
@@ -104,18 +123,15 @@ def _qk_norm_rotary_write_kernel(
     row = qkv + t * stride
     if part < Q_PARTS:
         h = part * HEADS + lane
-        position = tl.load(positions + t)
         a, b = _turned(row + h * D, h < H, position, cos, sin, q_weight, eps, HALF, HEADS, BLOCK, NORM)
         out = turned + (t * (H + HKV) + h) * D + c
         tl.store(out, a, mask=(h < H) & (c < HALF))
         tl.store(out + HALF, b, mask=(h < H) & (c < HALF))
     else:
-        slot = tl.load(slots + t)
         block, offset = slot // _PAGE, slot % _PAGE
         stored = tl.where(slot >= 0, HKV, 0)
         if part < Q_PARTS + KV_PARTS:
             h = (part - Q_PARTS) * HEADS + lane
-            position = tl.load(positions + t)
             at = row + (H + h) * D
             a, b = _turned(at, h < HKV, position, cos, sin, k_weight, eps, HALF, HEADS, BLOCK, NORM)
             kept = (h < stored) & (c < HALF)
@@ -175,6 +191,8 @@ def qk_norm_rotary_write_tiled(
             HEADS=heads,
             BLOCK=triton.next_power_of_2(D // 2),
             NORM=q_weight is not None,
+            # A copy made just now is by the kernel right before.
+            SETTLED=rows.settled and positions.is_contiguous() and rows.slots.is_contiguous(),
             num_warps=warps,
             **early(),
         )

@@ -17,8 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin
+from isobatch.kernels.gpu.overlap import ask_ahead, early, inputs_ready, next_may_begin
 from isobatch.kernels.gpu.rows import fold, inverse_root_mean, scaled, squares
+
+_LINE = tl.constexpr(64)  # numbers of a line of the second-level cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,8 @@ def _rms_norm_kernel(
     WARPS: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
+    if tl.program_id(0) == 0:
+        ask_ahead(weight + tl.minimum(tl.arange(0, (BLOCK + _LINE - 1) // _LINE) * _LINE, K - 1))
     inputs_ready()
     next_may_begin()
     r = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
