@@ -35,6 +35,13 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="tensor-parallel sizes (default 1)")
     parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of weights (default bfloat16)")
     parser.add_argument(
+        "--rows",
+        type=int,
+        default=None,
+        metavar="N",
+        help="tune for up to so many rows, and leave what tables say beyond (default: all)",
+    )
+    parser.add_argument(
         "--quick",
         action="store_true",
         help="seconds per shape: try only what the shipped tables chose at the nearest shapes, the default "
@@ -52,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         0.
 
     Raises:
-        ConfigError: a model that is not known, or cannot be cut into so many ranks.
+        ConfigError: a model that is not known, or cannot be cut into so many ranks; no rows.
         UnsupportedOpError: no GPU.
         MissingDependencyError: no Triton.
     """
@@ -68,24 +75,26 @@ def run(arguments: argparse.Namespace) -> int:
         raise MissingDependencyError("Triton is not installed", fix="pip install isobatch[gpu]") from error
 
     shapes = _shapes(arguments.models, arguments.ranks, getattr(torch, arguments.dtype))
+    buckets = plans.buckets(arguments.rows)
     device()
     search = tuning.quick(plans.shipped(architecture())) if arguments.quick else tuning.THOROUGH
     path = arguments.out or plans.own_path(architecture())
     plan = plans.read(path, architecture()) if path.exists() else plans.Plan(architecture())
+    standing = plans.current(architecture()).merged(plan)
     console = Console(stderr=True)
     tables: dict[str, tuple[plans.Entry, ...]] = {}
     transcript: dict[str, Any] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=len(shapes) * len(plans.BUCKETS))
+        task = bar.add_task("", total=len(shapes) * len(buckets))
         for number, (shape, name) in enumerate(shapes.items(), 1):
 
             def tell(rows: int, name: str = name) -> None:
                 bar.update(task, advance=1, description=f"{name}, {rows} rows")
 
-            trials = tuning.tune(shape, progress=tell, search=search)
+            trials = tuning.tune(shape, buckets, progress=tell, search=search)
             entries = [trial.entry() for trial in trials]
-            tables[shape.key] = (*entries[:-1], (None, entries[-1][1]))
+            tables[shape.key] = plans.table(entries, standing.ops.get("linear", {}).get(shape.key, ()))
             transcript[shape.key] = _told(trials)
             plan = plan.merged(plans.Plan(architecture(), {"linear": {shape.key: tables[shape.key]}}))
             plan.write(path)

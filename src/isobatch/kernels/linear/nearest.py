@@ -10,8 +10,11 @@ from isobatch.kernels.plan import Plan
 _NEIGHBOURS = 3
 _RANKS = 3
 # Up to so many rows, tiles that are fast among a model's other kernels; older tables may not know them.
-_FEW_ROWS = 16
-_FEW = ("16x64x128.4.8w", "16x64x256.4.4wtp1")
+_FEW = (
+    (16, ("16x64x128.4.8w", "16x64x256.4.4wt", "16x64x256.4.4wtp1")),
+    (32, ("32x64x256.4.4wt", "32x64x256.4.4wtp1")),
+    (64, ("64x64x128.4.5wt", "64x64x128.4.6wtp1")),
+)
 
 
 def nearest(plan: Plan, shape: Shape) -> list[str]:
@@ -49,7 +52,7 @@ def promising(plan: Plan, shape: Shape, rows: int) -> list[str]:
         rows: the bucket.
     """
     theirs = [name for key in nearest(plan, shape) for name in plan.names("linear", key, rows)]
-    few = _FEW if rows <= _FEW_ROWS else ()
+    few = next((names for most, names in _FEW if rows <= most), ())
     return list(
         dict.fromkeys([*theirs, *few, default(rows), *(f"lt{rows}.{rank}" for rank in range(_RANKS))])
     )

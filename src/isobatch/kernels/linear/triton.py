@@ -195,7 +195,7 @@ def bulk_copyable(tensor: torch.Tensor) -> bool:
 
 def _pieces_ahead(w: torch.Tensor, tile: Tile) -> tuple[int, int]:
     """How many pieces of each weight row a program asks for ahead, and the bytes of one; or none."""
-    if not overlaps() or tile.rows > _AHEAD_ROWS or tile.resident or not bulk_copyable(w):
+    if not overlaps() or tile.rows > _AHEAD_ROWS or not bulk_copyable(w):
         return 0, 0
     pieces = max(1, 32 * tile.warps // tile.outputs)
     row_bytes = w.shape[1] * w.element_size()

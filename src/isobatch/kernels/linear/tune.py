@@ -1,4 +1,9 @@
-"""Autotuning of linear under bitwise equality: candidates are certified, then timed; the fastest are kept."""
+"""Autotuning of linear under bitwise equality: candidates are certified, then timed; the fastest are kept.
+
+They are timed as they serve, behind a small kernel that makes their input and before another. A tile of ours
+is placed while the one before still runs, and asks for its weights meanwhile; a library's kernel is not, and
+keeps the next one waiting, too. Behind its own like, which fills the GPU, a candidate shows neither.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,7 @@ import torch
 
 from isobatch.errors import UnsupportedOpError
 from isobatch.kernels import plan as plans
+from isobatch.kernels.gpu.catalogue import GPU_RECORDS
 from isobatch.kernels.gpu.device import device
 from isobatch.kernels.gpu.timing import Work, microseconds
 from isobatch.kernels.linear import stock
@@ -40,7 +46,9 @@ _TILES: tuple[tuple[int, int, tuple[str, ...]], ...] = (
             "16x16x512.2.4",
         ),
     ),
+    (17, 32, ("32x64x256.4.4wt", "32x64x256.4.4wtp1", "32x64x256.4.3wtp1")),
     (17, 100, ("32x64x128.4.5wt", "32x64x128.4.4wt", "32x128x64.4.6wt")),
+    (33, 64, ("64x64x128.4.6wt", "64x64x128.4.6wtp1", "64x64x256.4.3wtp1")),
     (
         33,
         256,
@@ -59,8 +67,7 @@ _TILES: tuple[tuple[int, int, tuple[str, ...]], ...] = (
     (65, plans.BUCKETS[-1], ("128x128x64.4.5tp1", "128x256x64.8.3tp1")),
 )
 _KEPT = 3
-_FEW_ROWS = 16
-_OVERLAP = 1.03  # what a launch that does not wait is worth: measured with Qwen3-8B's layers on an H200
+_EPS = 1e-6
 _COPIES = 16
 _LONG_ROWS = 512
 _COLD_BYTES = 400 << 20  # data that calls go round in: several times the second-level cache
@@ -95,8 +102,8 @@ class Trial:
 
     Args:
         rows: the bucket.
-        torch_us: torch's own linear, microseconds.
-        times: every certified candidate's time, fastest first.
+        torch_us: what torch's own linear adds to the small kernel's time, microseconds.
+        times: what every certified candidate adds, fastest first.
         refused: candidates that are not members here, or that cannot run, and why.
     """
 
@@ -106,16 +113,9 @@ class Trial:
     refused: dict[str, str]
 
     def entry(self) -> tuple[int, tuple[str, ...]]:
-        """The plan's entry: the fastest, the next, and at least one tile of ours to fall back on.
-
-        At few rows a tile of ours goes before a library's kernel that is hardly faster: it is launched while
-        the kernel ahead of it still runs, which is worth more among a model's other kernels than alone.
-        """
+        """The plan's entry: the fastest, the next, and at least one tile of ours to fall back on."""
         names = [name for name, _ in self.times]
         own = next((name for name in names if not name.startswith("lt")), default(self.rows))
-        times = dict(self.times)
-        if self.rows <= _FEW_ROWS and own in times and times[own] <= _OVERLAP * times[names[0]]:
-            names = list(dict.fromkeys([own, *names]))
         return self.rows, tuple(dict.fromkeys([*names[: _KEPT - 1], own]))
 
 
@@ -166,7 +166,16 @@ def tune(
 
 
 def _try(shape: Shape, rows: int, x: torch.Tensor, weights: Sequence[DenseWeight], search: Search) -> Trial:
-    sides: list[tuple[str, Work]] = [("torch", lambda i: stock.linear(x, weights[i % len(weights)]))]
+    norm, ones = GPU_RECORDS["rms_norm"], torch.ones_like(x[0])
+    small: Any = norm.member(norm.production).function
+
+    def input_made() -> Any:
+        return small(x, ones, _EPS)[0]
+
+    sides: list[tuple[str, Work]] = [
+        ("", lambda _: input_made()),
+        ("torch", lambda i: stock.linear(input_made(), weights[i % len(weights)])),
+    ]
     refused = {}
     for name in search.candidates(shape, rows):
         reason = _refusal(name, shape, rows)
@@ -174,12 +183,14 @@ def _try(shape: Shape, rows: int, x: torch.Tensor, weights: Sequence[DenseWeight
             refused[name] = reason
             continue
         launch: Any = launcher(name, shape)
-        sides.append((name, lambda i, f=launch: f(x, weights[i % len(weights)], None, shape.out_dtype)))  # type: ignore[misc]
+        sides.append(
+            (name, lambda i, f=launch: f(input_made(), weights[i % len(weights)], None, shape.out_dtype))  # type: ignore[misc]
+        )
     # Where a call takes long, two copies are as cold as sixteen.
     short = rows < _LONG_ROWS
     copies, rounds = (len(weights), search.rounds) if short else (2, -(-search.rounds // 2))
-    times = microseconds([work for _, work in sides], copies, rounds=rounds)
-    timed = [(name, us) for (name, _), us in zip(sides, times, strict=True)]
+    alone, *both = microseconds([work for _, work in sides], copies, rounds=rounds)
+    timed = [(name, us - alone) for (name, _), us in zip(sides[1:], both, strict=True)]
     return Trial(rows, timed[0][1], tuple(sorted(timed[1:], key=lambda pair: pair[1])), refused)
 
 
