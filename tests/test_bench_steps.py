@@ -254,7 +254,7 @@ def test_interpreter_is_no_place_for_figures() -> None:
 
 
 def test_caches_are_filled_with_numbers_that_tell_nothing(engine: Engine) -> None:
-    step_cost._fill(engine)
+    step_cost.fill_caches(engine)
     for cache in engine.caches:
         assert isinstance(cache, GpuKVCache)
         for tensor in (cache.k, cache.v):

@@ -56,7 +56,7 @@ def growth(
     graphs = DecodeGraphs(
         decoder, cast(QueuedOps, decoder.ops), engine.caches, max(BATCHES), engine.max_context
     )
-    _fill(engine)
+    fill_caches(engine)
     points, left_out = [], []
     for batch, context in _spots():
         if batch * -(-context // page) > blocks:
@@ -66,7 +66,7 @@ def growth(
             left_out.append({"what": f"batch {batch}, context {context}", "why": why})
             continue
         progress(f"a step of {batch} x {context} tokens")
-        time = queued_microseconds(_step(decoder.ops, graphs, config.vocab_size, batch, context), _ROUNDS)
+        time = queued_microseconds(step_work(decoder.ops, graphs, config.vocab_size, batch, context), _ROUNDS)
         moved, computed = step_floor(config, batch, batch * context, limits)
         floor = max(moved, computed) * 1e6
         points.append(
@@ -87,7 +87,7 @@ def _spots() -> list[tuple[int, int]]:
     return [(b, CONTEXT) for b in BATCHES] + [(b, context) for b in FEW for context in CONTEXTS]
 
 
-def _fill(engine: Engine) -> None:
+def fill_caches(engine: Engine) -> None:
     """Numbers as keys and values have them: what memory held before may be NaN, or switch no transistor."""
     for cache in engine.caches:
         kept = cast(GpuKVCache, cache)
@@ -95,7 +95,7 @@ def _fill(engine: Engine) -> None:
             tensor.normal_(generator=torch.Generator(tensor.device).manual_seed(0))
 
 
-def _step(
+def step_work(
     ops: Any, graphs: DecodeGraphs, vocabulary: int, batch: int, context: int
 ) -> Callable[[], torch.Tensor]:
     """What queues a step and gives its tokens: every sequence computes the last of its `context` tokens."""

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from isobatch.errors import MissingDependencyError
+from isobatch.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
     import torch
 
     from isobatch.kernels.linear.members import Shape
-    from isobatch.kernels.linear.tune import Trial
 
 _DTYPES = ("bfloat16", "float16")
 
@@ -47,6 +46,12 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="seconds per shape: try only what the shipped tables chose at the nearest shapes, the default "
         "tile and the library's first suggestions",
     )
+    parser.add_argument(
+        "--steps",
+        action="store_true",
+        help="then let each model's own decode steps, with random weights, choose among the fastest",
+    )
+    parser.add_argument("--layers", type=int, help="of the models, where not all of them fit (with --steps)")
     parser.add_argument("--out", type=Path, help="plan file (default: the one this machine uses)")
     parser.add_argument("--transcript", type=Path, help="keep what was tried, admitted, refused and timed")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
@@ -59,13 +64,16 @@ def run(arguments: argparse.Namespace) -> int:
         0.
 
     Raises:
-        ConfigError: a model that is not known, or cannot be cut into so many ranks; no rows.
+        ConfigError: a model that is not known, or cannot be cut into so many ranks; no rows; options that do
+            not go together.
+        OutOfMemoryError: a model whose steps are wanted does not fit.
         UnsupportedOpError: no GPU.
         MissingDependencyError: no Triton.
     """
     import torch
 
-    from isobatch.cli import results
+    from isobatch.cli.model import release
+    from isobatch.cli.tables import Tables
     from isobatch.kernels import plan as plans
 
     try:
@@ -74,39 +82,50 @@ def run(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         raise MissingDependencyError("Triton is not installed", fix="pip install isobatch[gpu]") from error
 
-    shapes = _shapes(arguments.models, arguments.ranks, getattr(torch, arguments.dtype))
-    buckets = plans.buckets(arguments.rows)
+    _check(arguments)
+    dtype = getattr(torch, arguments.dtype)
+    shapes, buckets = _shapes(arguments.models, arguments.ranks, dtype), plans.buckets(arguments.rows)
     device()
     search = tuning.quick(plans.shipped(architecture())) if arguments.quick else tuning.THOROUGH
-    path = arguments.out or plans.own_path(architecture())
-    plan = plans.read(path, architecture()) if path.exists() else plans.Plan(architecture())
-    standing = plans.current(architecture()).merged(plan)
     console = Console(stderr=True)
-    tables: dict[str, tuple[plans.Entry, ...]] = {}
-    transcript: dict[str, Any] = {}
+    kept = Tables(arguments.out or plans.own_path(architecture()), arguments.transcript, architecture())
+    passes = len(arguments.models) if arguments.steps else 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=len(shapes) * len(buckets))
-        for number, (shape, name) in enumerate(shapes.items(), 1):
+        task = bar.add_task("", total=(len(shapes) + passes) * len(buckets))
 
-            def tell(rows: int, name: str = name) -> None:
-                bar.update(task, advance=1, description=f"{name}, {rows} rows")
+        def told(what: str) -> Callable[[int], None]:
+            return lambda rows: bar.update(task, advance=1, description=f"{what}, {rows} rows")
 
-            trials = tuning.tune(shape, buckets, progress=tell, search=search)
-            entries = [trial.entry() for trial in trials]
-            tables[shape.key] = plans.table(entries, standing.ops.get("linear", {}).get(shape.key, ()))
-            transcript[shape.key] = _told(trials)
-            plan = plan.merged(plans.Plan(architecture(), {"linear": {shape.key: tables[shape.key]}}))
-            plan.write(path)
-            if arguments.transcript:
-                results.write(arguments.transcript, {"linear": transcript})
+        def say(number: int, of: int, what: str) -> None:
             if not console.is_terminal:
-                line = f"{number} of {len(shapes)}: {name}, {shape.key}"
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{len(tables)} tables kept in {path}", soft_wrap=True)
+                console.print(f"{number} of {of}: {what}", markup=False, highlight=False, soft_wrap=True)
+
+        for number, (shape, name) in enumerate(shapes.items(), 1):
+            kept.keep(shape, tuning.tune(shape, buckets, progress=told(name), search=search))
+            say(number, len(shapes), f"{name}, {shape.key}")
+        for number, model in enumerate(arguments.models[:passes], 1):
+            from isobatch.cli import tune_steps
+
+            engine = tune_steps.make_engine(model, arguments.dtype, arguments.layers, buckets[-1])
+            layers = tune_steps.shapes_of_layers(model, dtype)
+            for shape, trials in tune_steps.by_steps(engine, layers, kept.trials, told(model)).items():
+                kept.keep(shape, trials)
+            del engine
+            release()
+            say(number, passes, f"steps of {model}")
+    console.print(f"{len(kept.trials)} tables kept in {kept.path}", soft_wrap=True)
     if arguments.json:
-        print(json.dumps({"plan": str(path), "tables": {key: list(t) for key, t in tables.items()}}))
+        print(json.dumps({"plan": str(kept.path), "tables": kept.by_key()}))
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuses what does not go together."""
+    if arguments.steps and arguments.ranks != [1]:
+        raise ConfigError("steps are a whole model's", expected="--ranks 1", got=arguments.ranks)
+    if arguments.layers is not None and not arguments.steps:
+        raise ConfigError("--layers is for steps", expected="--steps beside it", got="none")
 
 
 def _shapes(models: Sequence[str], ranks: Sequence[int], dtype: torch.dtype) -> Mapping[Shape, str]:
@@ -124,15 +143,3 @@ def _shapes(models: Sequence[str], ranks: Sequence[int], dtype: torch.dtype) -> 
                 for out in (dtype, torch.float32) if product == "lm_head" else (dtype,):
                     shapes[Shape(outputs, inputs, dtype, out)] = f"{name} {product}"
     return shapes
-
-
-def _told(trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    return [
-        {
-            "rows": trial.rows,
-            "torch_us": round(trial.torch_us, 2),
-            "admitted_us": {member: round(us, 2) for member, us in trial.times},
-            "refused": trial.refused,
-        }
-        for trial in trials
-    ]

@@ -33,18 +33,22 @@ class GpuOps(CudaOps):
         heads: of the model, with key/value heads and head size: for these the library's attention is
             certified now, where no kernel of ours serves prompts faster, and serves if it is a member.
 
+    Attributes:
+        products: chooses linear's members.
+
     Raises:
         UnsupportedOpError: no GPU that will do, or another dtype.
     """
 
     def __init__(self, dtype: torch.dtype, heads: tuple[int, int, int]) -> None:
         require_dtype(dtype)
-        super().__init__("isobatch", _table(attention_for(*heads, dtype)), gpu_layout(dtype), dtype)
+        self.products = Linear()
+        table = _table(attention_for(*heads, dtype), self.products)
+        super().__init__("isobatch", table, gpu_layout(dtype), dtype)
         self.tiling = Tiling(*heads)
 
 
-def _table(attention: Attention) -> dict[str, Callable[..., Any]]:
-    linear = Linear()
+def _table(attention: Attention, linear: Linear) -> dict[str, Callable[..., Any]]:
     table = {name: record.member(record.production).function for name, record in GPU_RECORDS.items()}
     return {
         **table,

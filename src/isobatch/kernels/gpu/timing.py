@@ -85,5 +85,33 @@ def queued_microseconds(work: Callable[[], object], rounds: int) -> float:
     return statistics.median(a.elapsed_time(b) for a, b in pairwise(ends)) * 1e3
 
 
+def queued_in_turns(works: Sequence[Callable[[], object]], rounds: int, each: int = 5) -> list[float]:
+    """The same of several, which take turns, so that a slow spell of the machine hits all alike.
+
+    Args:
+        works: must not synchronise.
+        rounds: turns of each.
+        each: how many are counted of a turn, behind one that is not.
+
+    Returns:
+        Microseconds, in the order of `works`.
+    """
+    turns: list[list[float]] = [[] for _ in works]
+    marks = []
+    for _ in range(rounds):
+        for times, work in zip(turns, works, strict=True):
+            work()
+            ends = [_event() for _ in range(1 + each)]
+            ends[0].record()
+            for end in ends[1:]:
+                work()
+                end.record()
+            marks.append((times, ends))
+    torch.cuda.synchronize()
+    for times, ends in marks:
+        times += [a.elapsed_time(b) for a, b in pairwise(ends)]
+    return [statistics.median(times) * 1e3 for times in turns]
+
+
 def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)

@@ -17,7 +17,7 @@ import torch
 import triton
 
 from isobatch import env
-from isobatch.errors import UnsupportedOpError
+from isobatch.errors import ConfigError, UnsupportedOpError
 from isobatch.kernels import plan as plans
 from isobatch.kernels.bitclass import certify
 from isobatch.kernels.gpu.device import INTERPRETED, architecture, capturing, device, dtypes
@@ -156,6 +156,24 @@ class Linear:
                 self._launcher(shape, rows)
             forget()
         self.certificates.keep()
+
+    def choose(self, shape: Shape, rows: int, name: str) -> None:
+        """Has a certified member serve a bucket from here on, whatever the plan says.
+
+        Args:
+            shape: the fixed axes.
+            rows: the bucket.
+            name: the member.
+
+        Raises:
+            ConfigError: nothing is written so, or the library has no such algorithm here.
+        """
+        launch = members.launcher(name, shape)
+        if launch is None:
+            raise ConfigError(
+                f"no such member of linear at {shape.key}", expected="one that is there", got=name
+            )
+        self._chosen[shape, rows] = launch
 
     def name(self, shape: Shape, rows: int) -> str:
         """The member that serves a bucket."""

@@ -105,16 +105,19 @@ class Trial:
         torch_us: what torch's own linear adds to the small kernel's time, microseconds.
         times: what every certified candidate adds, fastest first.
         refused: candidates that are not members here, or that cannot run, and why.
+        steps: where a model's steps were timed with the fastest of these, how long steps took with each,
+            fastest first.
     """
 
     rows: int
     torch_us: float
     times: tuple[tuple[str, float], ...]
     refused: dict[str, str]
+    steps: tuple[tuple[str, float], ...] = ()
 
     def entry(self) -> tuple[int, tuple[str, ...]]:
         """The plan's entry: the fastest, the next, and at least one tile of ours to fall back on."""
-        names = [name for name, _ in self.times]
+        names = list(dict.fromkeys(name for name, _ in (*self.steps, *self.times)))
         own = next((name for name in names if not name.startswith("lt")), default(self.rows))
         return self.rows, tuple(dict.fromkeys([*names[: _KEPT - 1], own]))
 

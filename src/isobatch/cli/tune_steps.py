@@ -1,0 +1,120 @@
+"""What `isobatch tune --steps` does: a model's own decode steps choose among the fastest members of linear.
+
+Behind a small kernel a member does not meet the neighbours that it has in a model: how long the small kernel
+takes, what it leaves in the caches, and how fast the clock is after a whole step. So the few that are fastest
+there are put into recorded steps, one product of a layer after the other, and the step's time decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+
+from isobatch.cli.bench_serve import loaded
+from isobatch.cli.step_cost import fill_caches, step_work
+from isobatch.cli.workloads import CONTEXT
+from isobatch.config import Dtype, EngineConfig
+from isobatch.engine.backend import open_model, sized
+from isobatch.engine.engine import Engine
+from isobatch.engine.graphs import DecodeGraphs, ladder
+from isobatch.errors import ConfigError
+from isobatch.kernels import plan as plans
+from isobatch.kernels.gpu.timing import queued_in_turns
+from isobatch.kernels.linear.members import Shape
+from isobatch.kernels.linear.tune import Trial
+from isobatch.models.presets import preset
+from isobatch.ops.gpu import GpuOps
+
+MOST = 512
+"""Beyond so many rows a product hides what is around it."""
+_TRIED = 5
+_ROUNDS = 6
+
+
+def make_engine(model: str, dtype: Dtype, layers: int | None, rows: int) -> Engine:
+    """An engine on the GPU with random weights, for steps of up to so many rows.
+
+    Raises:
+        ConfigError: nobody knows the model, or it has fewer layers.
+        OutOfMemoryError: it does not fit.
+    """
+    config = EngineConfig(
+        device="cuda",
+        dtype=dtype,
+        load="random",
+        layers=layers,
+        max_batch_sequences=rows,
+        prefix_cache=False,
+    )
+    checkpoint = open_model(model, config)
+    return loaded(checkpoint, sized(config, checkpoint.config))
+
+
+def shapes_of_layers(model: str, dtype: torch.dtype) -> list[Shape]:
+    """The products of a layer, the largest first; the output projection is one of hundreds in a step."""
+    sides = {sides for name, sides in preset(model).products().items() if name != "lm_head"}
+    return [Shape(*pair, dtype, dtype) for pair in sorted(sides, key=lambda pair: -pair[0] * pair[1])]
+
+
+def by_steps(
+    engine: Engine,
+    shapes: Sequence[Shape],
+    trials: Mapping[Shape, Sequence[Trial]],
+    progress: Callable[[int], None] = lambda _rows: None,
+) -> dict[Shape, list[Trial]]:
+    """Times steps with each of the fastest members, and has the best one serve in those that follow.
+
+    Args:
+        engine: as `make_engine` gives it; its caches are written over.
+        shapes: of its layers, in the order in which they are decided.
+        trials: what is known about each, for the same row counts.
+        progress: told each row count before its steps.
+
+    Returns:
+        The trials of these shapes, those for up to MOST rows with times of steps.
+
+    Raises:
+        ConfigError: no trials of a shape.
+    """
+    if missing := [shape.key for shape in shapes if shape not in trials]:
+        raise ConfigError("steps choose among what was tried", expected="trials", got=f"none of {missing}")
+    fill_caches(engine)
+    products = cast(GpuOps, engine.decoder.ops).products
+    chosen = {shape: list(trials[shape]) for shape in shapes}
+    counts = [trial.rows for trial in chosen[shapes[0]] if trial.rows <= MOST]
+    for at, rows in enumerate(counts):
+        progress(rows)
+        for shape in shapes:
+            products.choose(shape, rows, chosen[shape][at].entry()[1][0])
+        for shape in shapes:
+            trial = chosen[shape][at]
+            names = [name for name, _ in trial.times[:_TRIED]]
+            if len(names) < 2:
+                continue
+            timed = _times(engine, products, shape, rows, names)
+            chosen[shape][at] = replace(trial, steps=tuple(sorted(timed.items(), key=lambda pair: pair[1])))
+            products.choose(shape, rows, chosen[shape][at].steps[0][0])
+    return chosen
+
+
+def _times(engine: Engine, products: Any, shape: Shape, rows: int, names: Sequence[str]) -> dict[str, float]:
+    """For each member what the smallest and the largest step of the bucket take together, microseconds."""
+    served = [rung for rung in ladder(rows) if plans.bucket(rung) == rows]
+    times = dict.fromkeys(names, 0.0)
+    for batch in sorted({served[0], served[-1]}):
+        steps = []
+        for name in names:
+            products.choose(shape, rows, name)
+            steps.append(_step(engine, batch))
+        for name, time in zip(names, queued_in_turns(steps, _ROUNDS), strict=True):
+            times[name] += time
+    return times
+
+
+def _step(engine: Engine, batch: int) -> Callable[[], torch.Tensor]:
+    decoder, ops = engine.decoder, cast(GpuOps, engine.decoder.ops)
+    graphs = DecodeGraphs(decoder, ops, engine.caches, batch, engine.max_context)
+    return step_work(ops, graphs, decoder.config.vocab_size, batch, CONTEXT)

@@ -1,0 +1,147 @@
+"""`isobatch tune --steps`, run through on a tiny model with a stopwatch that is made up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from isobatch.cli import main, tune_steps
+from isobatch.errors import ConfigError
+from isobatch.kernels import plan as plans
+from isobatch.kernels.gpu.device import INTERPRETED, architecture
+from isobatch.kernels.linear import tune as tuning
+from isobatch.kernels.linear.members import Shape, default
+from isobatch.kernels.linear.tune import Trial
+from isobatch.ops.gpu import GpuOps
+from tests.engine_harness import TINY
+from tests.test_bench_steps import DTYPE, make_engine
+from tests.test_tune import fake
+
+pytestmark = [
+    pytest.mark.skipif(not INTERPRETED, reason="`isobatch tune --steps` does this on a GPU"),
+    pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),
+]
+
+HEADS = (TINY.num_heads + 2 * TINY.num_kv_heads) * TINY.head_size
+QKV = Shape(HEADS, TINY.hidden_size, DTYPE, DTYPE)
+DOWN = Shape(TINY.hidden_size, TINY.intermediate_size, DTYPE, DTYPE)
+NAMES = ("16x32x32.4.2w", "16x16x64.4.2wt", "32x32x32.4.2tp1")
+
+
+def trials(*counts: int) -> list[Trial]:
+    return [Trial(rows, 2.0, tuple((name, 1.0) for name in NAMES), {}) for rows in counts]
+
+
+def test_what_makes_steps_shortest_goes_first_and_serves_in_what_is_timed_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tune_steps, "CONTEXT", 16)
+    engine = make_engine(blocks=8)
+    products = cast(GpuOps, engine.decoder.ops).products
+    timed: list[tuple[int, int]] = []
+    told: list[int] = []
+    chosen: dict[tuple[str, int], str] = {}
+    choose = products.choose
+
+    def seen(shape: Shape, rows: int, name: str) -> None:
+        chosen[shape.key, rows] = name
+        choose(shape, rows, name)
+
+    def stopwatch(steps: Sequence[Callable[[], torch.Tensor]], rounds: int) -> list[float]:
+        tokens = [step() for step in steps]
+        assert all(torch.equal(tokens[0], other) for other in tokens[1:]), "members of one class"
+        timed.append((len(tokens[0]), len(steps)))
+        return [5.0, 1.0, 2.0]  # the second is the fastest
+
+    monkeypatch.setattr(products, "choose", seen)
+    monkeypatch.setattr(tune_steps, "queued_in_turns", stopwatch)
+    counts = (1, 4, 1000)
+    found = tune_steps.by_steps(
+        engine, [QKV, DOWN], {QKV: trials(*counts), DOWN: trials(*counts)}, told.append
+    )
+    assert told == [1, 4]  # of a thousand rows products are all there is
+    assert timed == [(1, 3), (1, 3), (4, 3), (4, 3)]
+    for shape in (QKV, DOWN):
+        assert [trial.entry()[1][0] for trial in found[shape]] == [NAMES[1], NAMES[1], NAMES[0]]
+        assert found[shape][0].steps == ((NAMES[1], 1.0), (NAMES[2], 2.0), (NAMES[0], 5.0))
+        assert found[shape][2].steps == ()
+        assert chosen[shape.key, 4] == NAMES[1]
+
+
+def test_a_bucket_is_timed_at_the_smallest_and_the_largest_step_that_it_serves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batches: list[int] = []
+    products: Any = type("Products", (), {"choose": lambda *_: None})()
+    monkeypatch.setattr(tune_steps, "_step", lambda _engine, batch: batches.append(batch))
+    monkeypatch.setattr(tune_steps, "queued_in_turns", lambda steps, _rounds: [10.0 * len(steps)])
+    engine: Any = None
+    for rows, sizes in ((1, [1]), (8, [8]), (32, [24, 32]), (100, [80, 96]), (512, [288, 512])):
+        batches.clear()
+        times = tune_steps._times(engine, products, QKV, rows, ["one"])
+        assert batches == sizes
+        assert times == {"one": 10.0 * len(sizes)}
+
+
+def test_a_single_candidate_needs_no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune_steps, "queued_in_turns", lambda *_: pytest.fail("nothing to choose"))
+    alone = [Trial(1, 2.0, ((NAMES[0], 1.0),), {})]
+    assert tune_steps.by_steps(make_engine(blocks=8), [QKV], {QKV: alone})[QKV] == alone
+
+
+def test_a_shape_that_was_not_tried_is_refused() -> None:
+    with pytest.raises(ConfigError, match="expected trials; got none of"):
+        tune_steps.by_steps(make_engine(blocks=8), [QKV, DOWN], {QKV: trials(1)})
+
+
+def test_shapes_are_those_of_a_layer_the_largest_first() -> None:
+    dense = [shape.key for shape in tune_steps.shapes_of_layers("qwen3-8b", torch.bfloat16)]
+    assert dense == [f"{sides}.bfloat16" for sides in ("24576x4096", "4096x12288", "6144x4096", "4096x4096")]
+    mixture = [shape.key for shape in tune_steps.shapes_of_layers("qwen3-30b-a3b", torch.float16)]
+    assert mixture == ["5120x2048.float16", "2048x4096.float16"]
+
+
+def test_command_keeps_what_steps_say(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(tuning, "tune", fake([]))
+    monkeypatch.setattr(tune_steps, "make_engine", lambda *given: made.append(given))
+
+    def by_steps(
+        _engine: Any, shapes: Sequence[Shape], trials: Any, progress: Callable[[int], None]
+    ) -> dict[Shape, list[Trial]]:
+        progress(1)
+        return {
+            shape: [Trial(t.rows, t.torch_us, t.times, {}, (("lt1.1", 4000.04),)) for t in trials[shape]]
+            for shape in shapes
+        }
+
+    monkeypatch.setattr(tune_steps, "by_steps", by_steps)
+    path, transcript = tmp_path / "plan.json", tmp_path / "transcript.json"
+    words = ["tune", "qwen3-8b", "--rows", "1", "--steps", "--layers", "2", "--out", str(path)]
+    assert main([*words, "--transcript", str(transcript)]) == 0
+    assert made == [("qwen3-8b", "bfloat16", 2, 1)]
+    tables = plans.read(path, architecture()).ops["linear"]
+    assert tables["24576x4096.bfloat16"][0] == (1, ("lt1.1", default(1)))
+    assert tables["151936x4096.bfloat16"][0] == (1, (default(1),))
+    assert '"lt1.1": 4000.0' in transcript.read_text()
+    assert "1 of 1: steps of qwen3-8b" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--steps", "--ranks", "2"], "expected --ranks 1"),
+        (["--layers", "2"], "expected --steps beside it"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    words: list[str], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tune", "qwen3-8b", *words]) == 2
+    assert why in capsys.readouterr().err
