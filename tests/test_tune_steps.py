@@ -87,6 +87,14 @@ def test_a_bucket_is_timed_at_the_smallest_and_the_largest_step_that_it_serves(
         assert times == {"one": 10.0 * len(sizes)}
 
 
+def test_the_librarys_fastest_and_ours_are_among_the_few() -> None:
+    times = [(f"16x{16 << n}x64.4.2w", 1.0 + n) for n in range(6)]
+    few = tune_steps._fastest(Trial(1, 2.0, (*times, ("lt1.0", 9.0), ("lt1.1", 10.0)), {}))
+    assert few == [*(name for name, _ in times[:4]), "lt1.0"]
+    slow = [(f"lt1.{n}", 1.0 + n) for n in range(6)]
+    assert tune_steps._fastest(Trial(1, 2.0, (*slow, times[5], times[0]), {}))[4:] == [times[5][0]]
+
+
 def test_a_single_candidate_needs_no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune_steps, "queued_in_turns", lambda *_: pytest.fail("nothing to choose"))
     alone = [Trial(1, 2.0, ((NAMES[0], 1.0),), {})]
