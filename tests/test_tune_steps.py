@@ -106,11 +106,23 @@ def test_a_shape_that_was_not_tried_is_refused() -> None:
         tune_steps.by_steps(make_engine(blocks=8), [QKV, DOWN], {QKV: trials(1)})
 
 
-def test_shapes_are_those_of_a_layer_the_largest_first() -> None:
-    dense = [shape.key for shape in tune_steps.shapes_of_layers("qwen3-8b", torch.bfloat16)]
-    assert dense == [f"{sides}.bfloat16" for sides in ("24576x4096", "4096x12288", "6144x4096", "4096x4096")]
-    mixture = [shape.key for shape in tune_steps.shapes_of_layers("qwen3-30b-a3b", torch.float16)]
-    assert mixture == ["5120x2048.float16", "2048x4096.float16"]
+def test_shapes_are_a_models_products_those_first_that_take_most_of_a_step() -> None:
+    dense = [shape.key for shape in tune_steps.shapes_of_steps("qwen3-8b", torch.bfloat16)]
+    layer = [f"{sides}.bfloat16" for sides in ("24576x4096", "4096x12288", "6144x4096")]
+    assert dense == [*layer, "151936x4096.bfloat16.float32", "4096x4096.bfloat16"]
+    mixture = [shape.key for shape in tune_steps.shapes_of_steps("qwen3-30b-a3b", torch.float16)]
+    assert mixture == ["5120x2048.float16", "2048x4096.float16", "151936x2048.float16.float32"]
+
+
+def test_of_those_that_steps_do_not_tell_apart_the_fastest_alone_goes_first() -> None:
+    assert tune_steps._order({"a": 1001.0, "b": 1010.0, "c": 1000.0, "d": 1005.0}) == ["a", "c", "d", "b"]
+
+
+def test_of_many_rows_the_output_projection_is_in_no_recorded_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune_steps, "_times", lambda *_: {NAMES[0]: 2.0, NAMES[1]: 1.0})
+    head = Shape(TINY.vocab_size, TINY.hidden_size, DTYPE, torch.float32)
+    found = tune_steps.by_steps(make_engine(blocks=8), [head], {head: trials(128, 200)})[head]
+    assert [bool(trial.steps) for trial in found] == [True, False]
 
 
 def test_command_keeps_what_steps_say(

@@ -108,8 +108,8 @@ def run(arguments: argparse.Namespace) -> int:
             from isobatch.cli import tune_steps
 
             engine = tune_steps.make_engine(model, arguments.dtype, arguments.layers, buckets[-1])
-            layers = tune_steps.shapes_of_layers(model, dtype)
-            for shape, trials in tune_steps.by_steps(engine, layers, kept.trials, told(model)).items():
+            products = tune_steps.shapes_of_steps(model, dtype)
+            for shape, trials in tune_steps.by_steps(engine, products, kept.trials, told(model)).items():
                 kept.keep(shape, trials)
             del engine
             release()

@@ -19,7 +19,7 @@ from isobatch.cli.workloads import CONTEXT
 from isobatch.config import Dtype, EngineConfig
 from isobatch.engine.backend import open_model, sized
 from isobatch.engine.engine import Engine
-from isobatch.engine.graphs import DecodeGraphs, ladder
+from isobatch.engine.graphs import DRAWN, DecodeGraphs, ladder
 from isobatch.errors import ConfigError
 from isobatch.kernels import plan as plans
 from isobatch.kernels.gpu.timing import queued_in_turns
@@ -31,6 +31,7 @@ from isobatch.ops.gpu import GpuOps
 MOST = 512
 """Beyond so many rows a product hides what is around it."""
 _TRIED = 4
+_NOISE = 1.002  # what two measurements of the same steps differ by
 _ROUNDS = 6
 
 
@@ -53,10 +54,14 @@ def make_engine(model: str, dtype: Dtype, layers: int | None, rows: int) -> Engi
     return loaded(checkpoint, sized(config, checkpoint.config))
 
 
-def shapes_of_layers(model: str, dtype: torch.dtype) -> list[Shape]:
-    """The products of a layer, the largest first; the output projection is one of hundreds in a step."""
-    sides = {sides for name, sides in preset(model).products().items() if name != "lm_head"}
-    return [Shape(*pair, dtype, dtype) for pair in sorted(sides, key=lambda pair: -pair[0] * pair[1])]
+def shapes_of_steps(model: str, dtype: torch.dtype) -> list[Shape]:
+    """A model's products, those first that take most of a step."""
+    config, shapes = preset(model), {}
+    for name, sides in config.products().items():
+        head = name == "lm_head"
+        shape = Shape(*sides, dtype, torch.float32 if head else dtype)
+        shapes[shape] = shape.outputs * shape.inputs * (1 if head else config.layers)
+    return sorted(shapes, key=lambda shape: -shapes[shape])
 
 
 def by_steps(
@@ -69,7 +74,7 @@ def by_steps(
 
     Args:
         engine: as `make_engine` gives it; its caches are written over.
-        shapes: of its layers, in the order in which they are decided.
+        shapes: of its products, in the order in which they are decided.
         trials: what is known about each, for the same row counts.
         progress: told each row count before its steps.
 
@@ -92,12 +97,18 @@ def by_steps(
         for shape in shapes:
             trial = chosen[shape][at]
             names = _fastest(trial)
-            if len(names) < 2:
-                continue
+            if len(names) < 2 or (rows > DRAWN and shape.out_dtype != shape.dtype):
+                continue  # of many rows the output projection is not in the recording
             timed = _times(engine, products, shape, rows, names)
-            chosen[shape][at] = replace(trial, steps=tuple(sorted(timed.items(), key=lambda pair: pair[1])))
+            chosen[shape][at] = replace(trial, steps=tuple((name, timed[name]) for name in _order(timed)))
             products.choose(shape, rows, chosen[shape][at].steps[0][0])
     return chosen
+
+
+def _order(timed: Mapping[str, float]) -> list[str]:
+    """The fastest first; those that steps do not tell from the fastest, as they were."""
+    near = _NOISE * min(timed.values())
+    return sorted(timed, key=lambda name: timed[name] if timed[name] > near else 0)
 
 
 def _fastest(trial: Trial) -> list[str]:

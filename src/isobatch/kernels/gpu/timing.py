@@ -8,6 +8,8 @@ from itertools import pairwise
 
 import torch
 
+_AWAKE = 50.0  # milliseconds
+
 Work = Callable[[int], object]
 """One call of what is timed, on the given copy of its data."""
 
@@ -47,8 +49,7 @@ def microseconds(sides: Sequence[Work], copies: int, rounds: int = 12) -> list[f
     """
     graphs = [capture(side, copies) for side in sides]
     spans = [[(_event(), _event()) for _ in range(rounds)] for _ in graphs]
-    for graph in graphs:
-        graph.replay()
+    _awake(graphs)
     for turn in range(rounds):
         for graph, events in zip(graphs, spans, strict=True):
             events[turn][0].record()
@@ -59,6 +60,19 @@ def microseconds(sides: Sequence[Work], copies: int, rounds: int = 12) -> list[f
         statistics.median(start.elapsed_time(stop) for start, stop in events) * 1e3 / copies
         for events in spans
     ]
+
+
+def _awake(graphs: Sequence[torch.cuda.CUDAGraph]) -> None:
+    """Replays until a GPU that had nothing to do runs at its clock again."""
+    start, now = _event(), _event()
+    start.record()
+    spent = 0.0
+    while spent < _AWAKE:
+        for graph in graphs:
+            graph.replay()
+        now.record()
+        torch.cuda.synchronize()
+        spent = start.elapsed_time(now)
 
 
 def queued_microseconds(work: Callable[[], object], rounds: int) -> float:
