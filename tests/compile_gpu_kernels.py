@@ -19,10 +19,12 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from isobatch.kernels.gpu import device as gpu
+from tests.ptx_flow import reached_without
 
 _TOUCHES = re.compile(r"\b(?:ld\.global|st\.global|ld\.relaxed|atom|red\.|cp\.async(?!\.bulk\.prefetch))")
 _WRITES = re.compile(r"\b(?:st\.global|atom|red\.)")
 _LETS = re.compile(r"\bgriddepcontrol\.launch_dependents")
+_ENDS = re.compile(r"\s*(?:ret|exit)\s*;")
 _SETTLED = re.compile(r"^.*// settled$", re.MULTILINE)
 _SHARED_BYTES = 232_448  # what one program may have on compute capability 9.0
 
@@ -64,19 +66,19 @@ def _compile_only() -> list[Any]:
 
 
 def touches_too_early(ptx: str) -> bool:
-    """Whether the code of a kernel that is launched early reads or writes memory before it waits.
+    """Whether a kernel that is launched early reads or writes memory before it waits, on some path.
 
     Asking the second-level cache for weights, which no kernel writes, is neither. A kernel that runs beside
     the one before acquires what that one counts, and may not write. What is marked as settled may be looked
     up at any time. Nobody may let the next one begin before it has waited itself, for what is older than both
-    that one takes to be there. The text shows one wait's place, and not which of several is passed.
+    that one takes to be there; nor end, unless others of its warps wait, for its end says the same.
     """
-    ptx = _SETTLED.sub("", ptx)
-    wait, beside = ptx.find("griddepcontrol.wait"), "ld.acquire.gpu" in ptx
-    if beside and ptx.count("griddepcontrol.wait") > 1:
-        return True
-    found = (_WRITES if beside else _TOUCHES).search(ptx), _LETS.search(ptx)
-    return any(touch is not None and not 0 <= wait < touch.start() for touch in found)
+    touches = _WRITES if "ld.acquire.gpu" in ptx else _TOUCHES
+    groups = "brx.idx" in ptx  # some of which may be idle
+    early = reached_without(_SETTLED.sub("", ptx), "griddepcontrol.wait")
+    return any(
+        touches.search(line) or _LETS.search(line) or (not groups and _ENDS.match(line)) for line in early
+    )
 
 
 def failures() -> Iterator[str]:

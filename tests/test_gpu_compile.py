@@ -41,20 +41,45 @@ _HASTY = """
 from tests import compile_gpu_kernels as script
 compiled = script._compile_only()
 import torch
-from tests.test_gpu_overlap import _beside_kernel, _copy_kernel
+from tests.test_gpu_overlap import _beside_kernel, _between_kernel, _copy_kernel, _look_kernel
 x, count = torch.zeros(64), torch.zeros(1, dtype=torch.int32)
 for waits in (True, False):
     _copy_kernel[(1,)](x, x, COUNT=64, WAITS=waits, launch_pdl=True)
-for waits in (0, 1, 2):
+for waits in (0, 1, 2, 3):
     _beside_kernel[(1,)](x, x, count, COUNT=64, WAITS=waits, HASTY=False, launch_pdl=True)
 _beside_kernel[(1,)](x, x, count, COUNT=64, WAITS=1, HASTY=True, launch_pdl=True)
+for marked in (True, False):
+    _look_kernel[(1,)](count, count, COUNT=1, MARKED=marked, launch_pdl=True)
+for hasty in (False, True):
+    _between_kernel[(1,)](x, x, COUNT=64, HASTY=hasty, launch_pdl=True)
 print([script.touches_too_early(kernel.asm["ptx"]) for kernel in compiled])
 """
 
 
 def test_a_kernel_that_is_launched_early_and_does_not_wait_is_found() -> None:
     ran = _run("-c", _HASTY)
-    assert (ran.returncode, ran.stdout) == (0, "[False, True, True, False, True, True]\n"), ran.stderr
+    beside = [True, False, False, True, True]
+    expected = [False, True, *beside, False, True, False, True]
+    assert (ran.returncode, ran.stdout) == (0, f"{expected}\n"), ran.stderr
+
+
+# Decode in Gluon as it is, and with each of its waits left out.
+_GROUPS = """
+import re
+from tests import compile_gpu_kernels as script
+compiled = script._compile_only()
+from isobatch.kernels.attention.gpu_record import ATTENTION_GPU
+ATTENTION_GPU.draw("groups", 41, "grouped/bf16").call(ATTENTION_GPU.member("streamed"))
+(code,) = {kernel.asm["ptx"] for kernel in compiled if "// settled" in kernel.asm["ptx"]}
+waits = [found.span() for found in re.finditer(r"griddepcontrol\\.wait ;", code)]
+without = [code[:begin] + code[end:] for begin, end in waits]
+print([script.touches_too_early(text) for text in (code, *without)])
+"""
+
+
+def test_each_group_of_warps_waits_and_one_that_does_not_is_found() -> None:
+    ran = _run("-c", _GROUPS)
+    assert (ran.returncode, ran.stdout) == (0, "[False, True, True, True]\n"), ran.stderr
 
 
 # Steps that differ in nothing but their size: what a number is divisible by, or that it is one, among it.
@@ -97,7 +122,7 @@ def test_a_step_of_another_size_compiles_nothing_anew() -> None:
     assert (ran.returncode, ran.stdout) == (0, "done\n"), ran.stderr
 
 
-# Of decode's kernels: waits in the text, and loads in the machine's code before its first wait.
+# Loads in the machine's code of decode's kernels before its first wait.
 _SETTLED = """
 from tests import compile_gpu_kernels as script
 compiled = script._compile_only()
@@ -112,19 +137,18 @@ for kernel in compiled:
     if "// settled" in kernel.asm["ptx"]:
         machine = kernel.asm["sass"]
         before = machine[: machine.index("ACQBULK")]
-        print(kernel.metadata.name, kernel.asm["ptx"].count("griddepcontrol.wait"), before.count("LDG") > 1)
+        print(kernel.metadata.name, before.count("LDG") > 1)
 """
 
 
 def test_settled_tables_are_looked_up_before_the_wait() -> None:
-    """And each of the three groups of warps of decode in Gluon waits for itself."""
     ran = _run("-c", _SETTLED)
     expected = [
-        "_decode_kernel 3 True",
-        "_scores_kernel 1 True",
-        "_decode_kernel 1 True",
-        "_decode_kernel 3 True",
-        "_qk_norm_rotary_write_kernel 1 True",
+        "_decode_kernel True",
+        "_scores_kernel True",
+        "_decode_kernel True",
+        "_decode_kernel True",
+        "_qk_norm_rotary_write_kernel True",
     ]
     assert (ran.returncode, ran.stdout.splitlines()) == (0, expected), ran.stderr
 

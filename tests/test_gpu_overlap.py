@@ -16,7 +16,7 @@ from isobatch.bits import bits_equal
 from isobatch.kernels.activation.triton import silu_and_mul
 from isobatch.kernels.data import floats
 from isobatch.kernels.gpu.device import device
-from isobatch.kernels.gpu.overlap import acquired, early, inputs_ready, next_may_begin, overlaps
+from isobatch.kernels.gpu.overlap import acquired, early, inputs_ready, looked_up, next_may_begin, overlaps
 from isobatch.kernels.linear.members import tile_named
 from isobatch.kernels.linear.triton import linear_tile
 from isobatch.kernels.rms_norm.triton import rms_norm
@@ -37,12 +37,14 @@ def _copy_kernel(x, y, COUNT: tl.constexpr, WAITS: tl.constexpr):
 
 @triton.jit
 def _beside_kernel(x, y, count, COUNT: tl.constexpr, WAITS: tl.constexpr, HASTY: tl.constexpr):
-    """Takes what the kernel before counts; WAITS: never, before it writes, or before it ends early, too."""
+    """Takes what the kernel before counts; WAITS: never, before it writes, or may end early, after a wait or
+    without one."""
     if HASTY:
         next_may_begin()
     at = tl.arange(0, COUNT)
-    if WAITS == 2 and tl.load(x) < 0:
-        inputs_ready()
+    if WAITS >= 2 and tl.load(x) < 0:
+        if WAITS == 2:
+            inputs_ready()
         return
     while acquired(count) == 0:
         pass
@@ -50,6 +52,27 @@ def _beside_kernel(x, y, count, COUNT: tl.constexpr, WAITS: tl.constexpr, HASTY:
     if WAITS > 0:
         inputs_ready()
     tl.store(y + at, read)
+
+
+@triton.jit
+def _look_kernel(table, y, COUNT: tl.constexpr, MARKED: tl.constexpr):
+    """Copies int32 numbers that it looks up before it waits, as settled tables are, if they are MARKED so."""
+    at = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
+    seen = looked_up(table + at, MARKED)
+    inputs_ready()
+    tl.store(y + at, seen)
+
+
+@triton.jit
+def _between_kernel(x, y, COUNT: tl.constexpr, HASTY: tl.constexpr):
+    """Lets the next one begin when it has waited itself, or at once."""
+    if HASTY:
+        next_may_begin()
+    inputs_ready()
+    if not HASTY:
+        next_may_begin()
+    at = tl.arange(0, COUNT)
+    tl.store(y + at, tl.load(x + at))
 
 
 def _copied(x: torch.Tensor, *, waits: bool) -> torch.Tensor:
@@ -138,3 +161,35 @@ def test_control_a_kernel_that_does_not_wait_is_caught(rows: int) -> None:
 
     assert not _differs_in_a_graph([*_steps(rows), _late, patient], rows)
     assert _differs_in_a_graph([*_steps(rows), _late, hasty], rows)
+
+
+def _what_is_looked_up_differs(*, hasty: bool) -> bool:
+    """Whether a table that one kernel writes late, and another waits for, is ever stale to a third."""
+    x = torch.zeros(64 * 1024, dtype=torch.int32, device=device())
+
+    def looked() -> torch.Tensor:
+        table, passed, y = torch.empty_like(x), torch.empty_like(x[:1024]), torch.empty_like(x)
+        _late_kernel[(64,)](x, table, x.numel(), COUNT=1024, SPINS=1000, **early())
+        _between_kernel[(1,)](x, passed, COUNT=1024, HASTY=hasty, **early())
+        _look_kernel[(64,)](table, y, COUNT=1024, MARKED=True, **early())
+        return y
+
+    looked()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = [looked() for _ in range(_LINKS)]
+    for turn in range(1, _REPLAYS + 1):
+        x.fill_(turn)  # so that what is stale is also wrong
+        graph.replay()
+        torch.cuda.synchronize()
+        if any(not torch.equal(y, x) for y in found):
+            return True
+    return False
+
+
+def test_what_a_kernel_wrote_for_which_another_waited_may_be_looked_up_before_ones_own_wait() -> None:
+    assert not _what_is_looked_up_differs(hasty=False)
+
+
+def test_control_tables_are_stale_where_nobody_waits_before_the_next_one_begins() -> None:
+    assert _what_is_looked_up_differs(hasty=True)

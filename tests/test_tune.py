@@ -119,7 +119,7 @@ def test_without_quick_everything_is_tried(monkeypatch: pytest.MonkeyPatch, tmp_
     assert {search for _, search in tuned} == {THOROUGH}
 
 
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("known", [True, False], ids=["in the file", "on this machine"])
 def test_beyond_the_rows_that_were_asked_for_tables_stay_as_they_are(
     known: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,13 +127,25 @@ def test_beyond_the_rows_that_were_asked_for_tables_stay_as_they_are(
     path, key = tmp_path / "plan.json", "6144x4096.bfloat16"
     old: tuple[plans.Entry, ...] = ((1, ("lt1.1",)), (4, ("lt4.1",)), (64, ("lt64.1",)), (None, ("lt512.1",)))
     Plan(architecture(), {"linear": {key: old} if known else {}}).write(path)
-    monkeypatch.setattr(plans, "current", lambda _architecture: Plan(architecture()))
+    current: plans.Entry = (None, ("lt512.7",))
+    monkeypatch.setattr(
+        plans, "current", lambda _architecture: Plan(architecture(), {"linear": {key: (current,)}})
+    )
     assert main(["tune", "qwen3-8b", "--rows", "20", "--out", str(path)]) == 0
-    table = plans.read(path, architecture()).ops["linear"][key]
-    assert table[:6] == tuple((rows, (default(rows),)) for rows in (1, 2, 4, 8, 16, 32))
-    assert table[6:] == (old[2:] if known else ())
+    tables = plans.read(path, architecture()).ops["linear"]
+    assert tables[key][:6] == tuple((rows, (default(rows),)) for rows in (1, 2, 4, 8, 16, 32))
+    assert tables[key][6:] == (old[2:] if known else (current,))
+    assert len(tables["4096x4096.bfloat16"]) == 6  # of which nobody knew anything
     assert main(["tune", "qwen3-8b", "--rows", "0", "--out", str(path)]) == 2
     assert "at least 1" in capsys.readouterr().err
+
+
+def test_a_damaged_table_of_this_machine_does_not_stop_who_needs_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tuning, "tune", fake([]))
+    monkeypatch.setattr(plans, "current", lambda _architecture: pytest.fail("nobody asked for it"))
+    assert main(["tune", "qwen3-8b", "--out", str(tmp_path / "plan.json")]) == 0
 
 
 def test_what_was_tuned_before_an_interruption_is_kept(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +31,26 @@ class Tables:
     def __init__(self, path: Path, transcript: Path | None, architecture: str) -> None:
         self.path, self._transcript = path, transcript
         self._plan = plans.read(path, architecture) if path.exists() else plans.Plan(architecture)
-        self._standing = plans.current(architecture).merged(self._plan).ops.get("linear", {})
+        self._before = self._plan
         self.trials: dict[Shape, Sequence[Trial]] = {}
 
     def keep(self, shape: Shape, trials: Sequence[Trial]) -> None:
         """Keeps what was found for a shape, over what was known."""
         self.trials[shape] = trials
-        table = plans.table([trial.entry() for trial in trials], self._standing.get(shape.key, ()))
+        table = plans.table([trial.entry() for trial in trials], partial(self._standing, shape.key))
         new = plans.Plan(self._plan.architecture, {"linear": {shape.key: table}})
         self._plan = self._plan.merged(new)
         self._plan.write(self.path)
         if self._transcript:
             told = {shape.key: _told(trials) for shape, trials in self.trials.items()}
             results.write(self._transcript, {"linear": told})
+
+    def _standing(self, key: str) -> Sequence[plans.Entry]:
+        """What tables said of a shape before: the file's own, or else those that serve on this machine."""
+        tables = self._before.ops.get("linear", {})
+        if key not in tables:
+            tables = plans.current(self._plan.architecture).ops.get("linear", {})
+        return tables.get(key, ())
 
     def by_key(self) -> dict[str, list[plans.Entry]]:
         """By key, the tables of all shapes that were tuned."""

@@ -16,7 +16,9 @@ from isobatch.errors import ConfigError, MissingDependencyError
 if TYPE_CHECKING:
     import torch
 
+    from isobatch.config import EngineConfig
     from isobatch.kernels.linear.members import Shape
+    from isobatch.models.checkpoint import Checkpoint
 
 _DTYPES = ("bfloat16", "float16")
 
@@ -49,7 +51,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--steps",
         action="store_true",
-        help="then let each model's own decode steps, with random weights, choose among the fastest",
+        help="then let each model's own decode steps, with random weights, choose among the fastest, for up "
+        "to 512 rows, the output projection for up to 128; of models that share a shape the last one's",
     )
     parser.add_argument("--layers", type=int, help="of the models, where not all of them fit (with --steps)")
     parser.add_argument("--out", type=Path, help="plan file (default: the one this machine uses)")
@@ -67,32 +70,34 @@ def run(arguments: argparse.Namespace) -> int:
         ConfigError: a model that is not known, or cannot be cut into so many ranks; no rows; options that do
             not go together.
         OutOfMemoryError: a model whose steps are wanted does not fit.
-        UnsupportedOpError: no GPU.
+        UnsupportedOpError: no GPU, or no memory to record a step; all tables found so far are kept.
         MissingDependencyError: no Triton.
     """
     import torch
 
     from isobatch.cli.model import release
-    from isobatch.cli.tables import Tables
     from isobatch.kernels import plan as plans
 
     try:
+        from isobatch.cli import tune_steps
+        from isobatch.cli.bench_serve import loaded
+        from isobatch.cli.tables import Tables
         from isobatch.kernels.gpu.device import architecture, device
         from isobatch.kernels.linear import tune as tuning
     except ImportError as error:
         raise MissingDependencyError("Triton is not installed", fix="pip install isobatch[gpu]") from error
 
-    _check(arguments)
     dtype = getattr(torch, arguments.dtype)
     shapes, buckets = _shapes(arguments.models, arguments.ranks, dtype), plans.buckets(arguments.rows)
     device()
     search = tuning.quick(plans.shipped(architecture())) if arguments.quick else tuning.THOROUGH
     console = Console(stderr=True)
+    engines = _engines(arguments, buckets[-1])
     kept = Tables(arguments.out or plans.own_path(architecture()), arguments.transcript, architecture())
-    passes = len(arguments.models) if arguments.steps else 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=(len(shapes) + passes) * len(buckets))
+        stepped = sum(rows <= tune_steps.MOST for rows in buckets)
+        task = bar.add_task("", total=len(shapes) * len(buckets) + len(engines) * stepped)
 
         def told(what: str) -> Callable[[int], None]:
             return lambda rows: bar.update(task, advance=1, description=f"{what}, {rows} rows")
@@ -104,28 +109,27 @@ def run(arguments: argparse.Namespace) -> int:
         for number, (shape, name) in enumerate(shapes.items(), 1):
             kept.keep(shape, tuning.tune(shape, buckets, progress=told(name), search=search))
             say(number, len(shapes), f"{name}, {shape.key}")
-        for number, model in enumerate(arguments.models[:passes], 1):
-            from isobatch.cli import tune_steps
-
-            engine = tune_steps.make_engine(model, arguments.dtype, arguments.layers, buckets[-1])
+        for number, (model, made_of) in enumerate(engines.items(), 1):
+            release()  # what the last ones took
             products = tune_steps.shapes_of_steps(model, dtype)
-            for shape, trials in tune_steps.by_steps(engine, products, kept.trials, told(model)).items():
-                kept.keep(shape, trials)
-            del engine
-            release()
-            say(number, passes, f"steps of {model}")
+            tune_steps.by_steps(loaded(*made_of), products, kept.trials, kept.keep, told(model))
+            say(number, len(engines), f"steps of {model}")
     console.print(f"{len(kept.trials)} tables kept in {kept.path}", soft_wrap=True)
     if arguments.json:
         print(json.dumps({"plan": str(kept.path), "tables": kept.by_key()}))
     return 0
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    """Refuses what does not go together."""
+def _engines(arguments: argparse.Namespace, rows: int) -> dict[str, tuple[Checkpoint, EngineConfig]]:
+    """For each model whose steps are wanted what its engine is made of: what is wrong is said at once."""
+    from isobatch.cli.tune_steps import settings
+
     if arguments.steps and arguments.ranks != [1]:
         raise ConfigError("steps are a whole model's", expected="--ranks 1", got=arguments.ranks)
     if arguments.layers is not None and not arguments.steps:
         raise ConfigError("--layers is for steps", expected="--steps beside it", got="none")
+    models = arguments.models if arguments.steps else ()
+    return {model: settings(model, arguments.dtype, arguments.layers, rows) for model in models}
 
 
 def _shapes(models: Sequence[str], ranks: Sequence[int], dtype: torch.dtype) -> Mapping[Shape, str]:

@@ -7,24 +7,28 @@ there are put into recorded steps, one product of a layer after the other, and t
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 
-from isobatch.cli.bench_serve import loaded
 from isobatch.cli.step_cost import fill_caches, step_work
 from isobatch.cli.workloads import CONTEXT
 from isobatch.config import Dtype, EngineConfig
-from isobatch.engine.backend import open_model, sized
+from isobatch.engine.backend import open_model, require_memory
 from isobatch.engine.engine import Engine
 from isobatch.engine.graphs import DRAWN, DecodeGraphs, ladder
-from isobatch.errors import ConfigError
+from isobatch.engine.memory import block_bytes
+from isobatch.errors import ConfigError, OutOfMemoryError
 from isobatch.kernels import plan as plans
 from isobatch.kernels.gpu.timing import queued_in_turns
+from isobatch.kernels.layout import PAGE
+from isobatch.kernels.linear.gpu import Linear
 from isobatch.kernels.linear.members import Shape
 from isobatch.kernels.linear.tune import Trial
+from isobatch.models.checkpoint import Checkpoint
 from isobatch.models.presets import preset
 from isobatch.ops.gpu import GpuOps
 
@@ -35,23 +39,34 @@ _NOISE = 1.002  # what two measurements of the same steps differ by
 _ROUNDS = 6
 
 
-def make_engine(model: str, dtype: Dtype, layers: int | None, rows: int) -> Engine:
-    """An engine on the GPU with random weights, for steps of up to so many rows.
+def settings(model: str, dtype: Dtype, layers: int | None, rows: int) -> tuple[Checkpoint, EngineConfig]:
+    """What an engine on the GPU is made of for steps of up to so many rows, or of MOST, with random weights.
 
     Raises:
         ConfigError: nobody knows the model, or it has fewer layers.
         OutOfMemoryError: it does not fit.
     """
+    batch = ladder(min(rows, MOST))[-1]
     config = EngineConfig(
         device="cuda",
         dtype=dtype,
         load="random",
         layers=layers,
-        max_batch_sequences=rows,
+        max_batch_tokens=batch,
+        max_batch_sequences=batch,
+        max_context=CONTEXT,
         prefix_cache=False,
     )
     checkpoint = open_model(model, config)
-    return loaded(checkpoint, sized(config, checkpoint.config))
+    blocks = batch * -(-CONTEXT // PAGE)
+    room = block_bytes(checkpoint.config, config.number_bytes) * blocks
+    config = replace(config, kv_cache_bytes=room)
+    try:
+        require_memory(config, checkpoint)
+    except OutOfMemoryError as error:
+        fix = "time steps of fewer layers (--layers) or rows (--rows)"
+        raise OutOfMemoryError(error.what, expected=error.expected, got=error.got, fix=fix) from error
+    return checkpoint, config
 
 
 def shapes_of_steps(model: str, dtype: torch.dtype) -> list[Shape]:
@@ -68,21 +83,21 @@ def by_steps(
     engine: Engine,
     shapes: Sequence[Shape],
     trials: Mapping[Shape, Sequence[Trial]],
+    keep: Callable[[Shape, Sequence[Trial]], None],
     progress: Callable[[int], None] = lambda _rows: None,
-) -> dict[Shape, list[Trial]]:
+) -> None:
     """Times steps with each of the fastest members, and has the best one serve in those that follow.
 
     Args:
-        engine: as `make_engine` gives it; its caches are written over.
+        engine: of `settings`; its caches are written over.
         shapes: of its products, in the order in which they are decided.
         trials: what is known about each, for the same row counts.
+        keep: given, after each of the row counts up to MOST, the trials of a shape with times of steps.
         progress: told each row count before its steps.
-
-    Returns:
-        The trials of these shapes, those for up to MOST rows with times of steps.
 
     Raises:
         ConfigError: no trials of a shape.
+        UnsupportedOpError: no memory to record a step.
     """
     if missing := [shape.key for shape in shapes if shape not in trials]:
         raise ConfigError("steps choose among what was tried", expected="trials", got=f"none of {missing}")
@@ -102,7 +117,8 @@ def by_steps(
             timed = _times(engine, products, shape, rows, names)
             chosen[shape][at] = replace(trial, steps=tuple((name, timed[name]) for name in _order(timed)))
             products.choose(shape, rows, chosen[shape][at].steps[0][0])
-    return chosen
+            keep(shape, chosen[shape])
+        gc.collect()  # recordings hold on to themselves
 
 
 def _order(timed: Mapping[str, float]) -> list[str]:
@@ -119,7 +135,9 @@ def _fastest(trial: Trial) -> list[str]:
     return list(dict.fromkeys([*names[:_TRIED], *library[:1], *own[:1]]))
 
 
-def _times(engine: Engine, products: Any, shape: Shape, rows: int, names: Sequence[str]) -> dict[str, float]:
+def _times(
+    engine: Engine, products: Linear, shape: Shape, rows: int, names: Sequence[str]
+) -> dict[str, float]:
     """For each member what the smallest and the largest step of the bucket take together, microseconds."""
     served = [rung for rung in ladder(rows) if plans.bucket(rung) == rows]
     times = dict.fromkeys(names, 0.0)

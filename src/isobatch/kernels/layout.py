@@ -93,8 +93,9 @@ class PagedRows:
         block_tables: int32 [R, B]: block_tables[r, i] holds keys 16 i .. 16 i + 15 of request r, where a
             layout's page is 16 tokens.
         slots: int64 [T]: block * 16 + offset at which each row's own key and value are stored.
-        settled: whether all that, and the rows' positions, was written by copies, or by kernels after which
-            others came that wait. Then a kernel that is launched early may look it up before it waits.
+        settled: whether all that, and the rows' positions, was written by copies, by kernels that let nobody
+            begin early, or by kernels after which others came that wait. Then a kernel that is launched
+            early may look it up before it waits.
     """
 
     query_starts: torch.Tensor
@@ -113,7 +114,8 @@ class TiledRows(PagedRows):
 
     Args:
         tiles: int32 [2, tiles]: of each tile the request, and the tile's first row within it.
-        singles: int32 [most]: requests of one query that have no tile.
+        singles: int32 [most]: requests of one query that have no tile. Behind their number stand any requests
+            that there are, for a kernel may look them up before it knows.
         single_count: int32 [1]: how many of them there are.
     """
 

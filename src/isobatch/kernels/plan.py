@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -119,17 +119,19 @@ def buckets(most: int | None) -> tuple[int, ...]:
     return tuple(rows for rows in BUCKETS if rows <= bucket(most))
 
 
-def table(tuned: Sequence[tuple[int, tuple[str, ...]]], standing: Sequence[Entry]) -> tuple[Entry, ...]:
+def table(
+    tuned: Sequence[tuple[int, tuple[str, ...]]], standing: Callable[[], Sequence[Entry]]
+) -> tuple[Entry, ...]:
     """A key's entries.
 
     Args:
         tuned: for the first of the tuned row counts, ascending. The last of all serves any number beyond.
-        standing: the key's entries so far, of which those for more rows stay.
+        standing: asked, if these are not all, for the key's entries so far; those for more rows stay.
     """
     last = tuned[-1][0]
     if last == BUCKETS[-1]:
         return *tuned[:-1], (None, tuned[-1][1])
-    return *tuned, *(entry for entry in standing if entry[0] is None or entry[0] > last)
+    return *tuned, *(entry for entry in standing() if entry[0] is None or entry[0] > last)
 
 
 def read(path: Path, architecture: str) -> Plan:

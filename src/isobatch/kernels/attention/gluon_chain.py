@@ -44,7 +44,8 @@ RUN = gl.constexpr(triton_phases.RUN)  # four: look-ups and scales spell them ou
 
 @gluon.jit
 def _look_up(place, g, PAIR: gl.constexpr):
-    """A producer's pages of a run of blocks; unmarked, for all that this kernel looks up is settled."""
+    """A producer's pages of a run of blocks. It looks nothing up before its predecessor lets it begin, which
+    has waited: no need to mark it."""
     table, _, _, _, _, last_page = place
     n = g * RUN
     return (

@@ -5,14 +5,15 @@ next ones are launched, and their first loads come back. Programmatic dependent 
 a kernel take its places as soon as all programs of the one before have said `next_may_begin`. What it does
 before `inputs_ready` may touch only what no kernel of a step writes, such as weights, and a step's tables.
 
-Every kernel that is launched with `early()` calls `inputs_ready` before anything else that reads or writes.
-Its end so says that all kernels before it have ended, too: memory may be given back and used again in the
-order of launches, as ever. No sum is touched, and no bit.
+Every kernel that is launched with `early()` calls `inputs_ready` before all else that reads or writes, and
+before it lets the next one begin. Its end so says that all kernels before it have ended, too: memory may be
+given back and used again in the order of launches, as ever. No sum is touched, and no bit.
 
 One kernel, `attention/gluon_chain.py`, runs beside the one before it. It takes that one's results by counts
 (`release`, `acquired`) and waits like all others before it writes. What it reads besides is older than both,
-and the one before has waited for that before it let anyone begin. That a wait there is enough is our reading
-of the hardware; the guide promises it to those only that wait themselves.
+and the one before has waited for that before it let anyone begin. So it is with a step's tables. That a wait
+there is enough is our reading of the hardware; the guide promises it to those only that wait themselves.
+`tests/test_gpu_overlap.py` tries it on a GPU.
 
 Source: the CUDA C++ programming guide, "Programmatic Dependent Launch and Synchronization".
 """

@@ -106,7 +106,7 @@ class Trial:
         times: what every certified candidate adds, fastest first.
         refused: candidates that are not members here, or that cannot run, and why.
         steps: where a model's steps were timed with the fastest of these, how long steps took with each,
-            fastest first.
+            the best first.
     """
 
     rows: int

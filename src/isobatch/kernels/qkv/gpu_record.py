@@ -65,7 +65,7 @@ class QkvCase:
         room = blocks * PAGE if blocks % 17 else (blocks - 1) * PAGE
         slots = (torch.arange(self.rows, device=qkv.device) * 17 + self.shift) % room
         at = (slots // PAGE, slice(None), slots % PAGE)
-        rows = PagedRows(slots, slots, slots, slots, settled=True)  # those were kernels, too
+        rows = PagedRows(slots, slots, slots, slots, settled=True)  # torch's kernels let nobody begin early
 
         def run() -> Outputs:
             q, own = member.function(**self.inner.per_row, **self.inner.shared, cache=cache, rows=rows)
