@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from isobatch.errors import FloatEnvironmentError
+from isobatch.kernels import sources
 from isobatch.kernels.cpu import jit
 from isobatch.kernels.sampling.cpu import SamplingRows
 from isobatch.ops import certified_ops
@@ -20,10 +21,10 @@ V = 40
 
 @pytest.fixture
 def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of all kernel sources, which jit takes for its own."""
+    """A copy of all kernel sources, which count as those that run."""
     kernels = tmp_path / "kernels"
-    shutil.copytree(Path(jit.__file__).parents[1], kernels, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(jit, "__file__", str(kernels / "cpu" / "jit.py"))
+    shutil.copytree(Path(sources.__file__).parent, kernels, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(sources, "__file__", str(kernels / "sources.py"))
     monkeypatch.setenv("ISOBATCH_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return kernels
@@ -45,8 +46,10 @@ def _edit(file: Path) -> None:
 def test_compiled_kernels_are_kept_apart_by_all_sources(copied: Path, change: Callable[[Path], None]) -> None:
     before = jit.cache_path.__wrapped__()
     assert jit.cache_path.__wrapped__() == before
+    certificates = sources.digest()  # part of their file's name (`kernels/linear/gpu.py`)
     change(copied)
     assert jit.cache_path.__wrapped__() != before
+    assert sources.digest() != certificates
 
 
 def test_kernels_that_cannot_be_kept_are_compiled_anew(copied: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -195,12 +196,15 @@ def test_command_keeps_what_steps_say(
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["--steps", "--ranks", "2"], "expected --ranks 1"),
-        (["--layers", "2"], "expected --steps beside it"),
+        (["qwen3-8b", "--steps", "--ranks", "2"], "expected --ranks 1"),
+        (["qwen3-8b", "--layers", "2"], "expected --steps beside it"),
+        (["qwen3-8b", "--rows", "0"], "at least 1"),
+        (["qwen3-9b"], "qwen3-8b"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(
-    words: list[str], why: str, capsys: pytest.CaptureFixture[str]
+def test_what_needs_no_gpu_to_be_found_wrong_is_refused_before_one_is_looked_for(
+    words: list[str], why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["tune", "qwen3-8b", *words]) == 2
+    monkeypatch.setitem(sys.modules, "isobatch.kernels.gpu.device", None)
+    assert main(["tune", *words]) == 2
     assert why in capsys.readouterr().err

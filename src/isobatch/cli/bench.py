@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     path = arguments.out or _RESULTS / f"{'-'.join([arguments.target, *(arguments.only or ())])}.json"
     console = Console(stderr=True)
     with console.status("checking the bits") as status:
-        tell = status.update if console.is_terminal else console.log
+        tell = status.update if console.is_terminal else partial(console.print, soft_wrap=True)
         on_gpu = arguments.target in ("gpu", "serve")
         keep = partial(results.write, path)
         report = _on_gpu(arguments, tell, keep) if on_gpu else _on_cpu(arguments, tell)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -140,10 +141,9 @@ def _shown() -> Iterator[Callable[[str], None]]:
     """Says what is being checked, while it is; in a log, line by line."""
     console = Console(stderr=True)
     with console.status("") as status:
-        tell = status.update if console.is_terminal else console.log
-        yield lambda what: tell(
-            f"checking {what}; the first run on a machine compiles, which takes a minute or more"
-        )
+        tell = status.update if console.is_terminal else partial(console.print, soft_wrap=True)
+        tell("the first run on a machine compiles, which takes a minute or more")
+        yield lambda what: tell(f"checking {what}")
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -73,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         UnsupportedOpError: no GPU, or no memory to record a step; all tables found so far are kept.
         MissingDependencyError: no Triton.
     """
+    _check(arguments)
     import torch
 
     from isobatch.cli.model import release
@@ -120,14 +121,25 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _engines(arguments: argparse.Namespace, rows: int) -> dict[str, tuple[Checkpoint, EngineConfig]]:
-    """For each model whose steps are wanted what its engine is made of: what is wrong is said at once."""
-    from isobatch.cli.tune_steps import settings
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuses what needs no GPU to be found wrong."""
+    from isobatch.kernels import plan as plans
+    from isobatch.models.presets import preset
 
+    for name in arguments.models:
+        for size in arguments.ranks:
+            preset(name).products(size)
+    plans.buckets(arguments.rows)
     if arguments.steps and arguments.ranks != [1]:
         raise ConfigError("steps are a whole model's", expected="--ranks 1", got=arguments.ranks)
     if arguments.layers is not None and not arguments.steps:
         raise ConfigError("--layers is for steps", expected="--steps beside it", got="none")
+
+
+def _engines(arguments: argparse.Namespace, rows: int) -> dict[str, tuple[Checkpoint, EngineConfig]]:
+    """For each model whose steps are wanted what its engine is made of: what is wrong is said at once."""
+    from isobatch.cli.tune_steps import settings
+
     models = arguments.models if arguments.steps else ()
     return {model: settings(model, arguments.dtype, arguments.layers, rows) for model in models}
 

@@ -26,6 +26,7 @@ from numba.core import config as numba_config
 
 from isobatch import env
 from isobatch.errors import ConfigError, ForkedProcessError
+from isobatch.kernels import sources
 
 # numba's fallback threading layer aborts the process when two Python threads enter it at once.
 # Holding this while a parallel kernel runs costs nothing: the kernel uses every core anyway.
@@ -79,11 +80,7 @@ def cache_path() -> Path:
         A path that changes whenever any kernel source or numba itself changes; a temporary one, compiled into
         anew by each process, where the cache folder cannot be written.
     """
-    sha = hashlib.sha256(numba.__version__.encode())
-    root = Path(__file__).resolve().parent.parent
-    for source in sorted(root.rglob("*.py")):
-        sha.update(source.relative_to(root).as_posix().encode())
-        sha.update(source.read_bytes())
+    sha = hashlib.sha256(f"{numba.__version__} {sources.digest()}".encode())
     path = env.cache_dir() / f"kernels-{sha.hexdigest()[:16]}"
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ import triton
 from isobatch import env
 from isobatch.errors import ConfigError, UnsupportedOpError
 from isobatch.kernels import plan as plans
+from isobatch.kernels import sources
 from isobatch.kernels.bitclass import certify
 from isobatch.kernels.gpu.device import INTERPRETED, architecture, capturing, device, dtypes
 from isobatch.kernels.linear import members
@@ -76,7 +77,8 @@ def _machine() -> list[str]:
     """What a certificate is for: change any of it, and certify anew."""
     if INTERPRETED:
         return ["interpreter"]
-    return [torch.cuda.get_device_name(device()), torch.__version__, triton.__version__, str(version())]
+    machine = [torch.cuda.get_device_name(device()), torch.__version__, triton.__version__, str(version())]
+    return [*machine, sources.digest()]
 
 
 def refusal(shape: Shape, name: str, rows: int) -> str | None:
@@ -158,12 +160,12 @@ class Linear:
         self.certificates.keep()
 
     def choose(self, shape: Shape, rows: int, name: str) -> None:
-        """Has a certified member serve a bucket from here on, whatever the plan says.
+        """Has a member serve a bucket from here on, whatever the plan says.
 
         Args:
             shape: the fixed axes.
             rows: the bucket.
-            name: the member.
+            name: the member, which the caller has certified.
 
         Raises:
             ConfigError: nothing is written so, or the library has no such algorithm here.
