@@ -10,6 +10,7 @@ import torch
 
 from isobatch.bits import bits_equal
 from isobatch.errors import ConfigError
+from isobatch.kernels import sources
 from isobatch.kernels.bitclass import certify
 from isobatch.kernels.gpu.device import INTERPRETED, dtypes
 from isobatch.kernels.linear import gpu as serving
@@ -110,6 +111,19 @@ def test_certificates_are_kept_and_a_damaged_file_counts_as_none(
     path.write_text("[1")
     assert Certificates(path).verdict(SMALL, LIBRARY, 16)
     assert asked == [LIBRARY, LIBRARY]
+
+
+def test_certificates_are_kept_apart_by_all_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else another version's verdicts, against another canonical kernel, would be believed."""
+    monkeypatch.setenv("ISOBATCH_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(serving, "INTERPRETED", False)
+    monkeypatch.setattr(serving, "device", lambda: None)
+    monkeypatch.setattr(serving, "version", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a GPU")
+    kept = Certificates().path
+    assert Certificates().path == kept
+    monkeypatch.setattr(sources, "digest", lambda: "of other sources")
+    assert Certificates().path != kept
 
 
 @pytest.mark.usefixtures("_no_machine")

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -140,10 +139,13 @@ def _on_gpu(arguments: argparse.Namespace) -> _Found:
 def _shown() -> Iterator[Callable[[str], None]]:
     """Says what is being checked, while it is; in a log, line by line."""
     console = Console(stderr=True)
+    hint = "the first run on a machine compiles, which takes a minute or more"
     with console.status("") as status:
-        tell = status.update if console.is_terminal else partial(console.print, soft_wrap=True)
-        tell("the first run on a machine compiles, which takes a minute or more")
-        yield lambda what: tell(f"checking {what}")
+        if console.is_terminal:
+            yield lambda what: status.update(f"checking {what}; {hint}")
+        else:
+            console.print(hint, soft_wrap=True)
+            yield lambda what: console.print(f"checking {what}", soft_wrap=True)
 
 
 def _print(report: dict[str, Any]) -> None:

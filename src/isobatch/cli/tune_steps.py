@@ -92,7 +92,7 @@ def by_steps(
         engine: of `settings`; its caches are written over.
         shapes: of its products, in the order in which they are decided.
         trials: what is known about each, for the same row counts.
-        keep: given, after each of the row counts up to MOST, the trials of a shape with times of steps.
+        keep: given a shape's trials, with times of steps as far as there are, whenever one is decided.
         progress: told each row count before its steps.
 
     Raises:
