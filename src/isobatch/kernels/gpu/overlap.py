@@ -92,6 +92,20 @@ def ask_ahead(at):
 
 
 @triton.jit
+def ask_for(at, size):
+    """Asks the second-level cache for int32 `size` bytes from each of these addresses on, in whole sixteens.
+
+    Before `inputs_ready` as well. Whoever writes there meanwhile does so through that cache, so that nothing
+    gets stale by it. The machine asks for one address after the other, once where a warp's threads share it.
+    """
+    if not _PLAIN:
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; // $0",
+            "=r,l,r", [at.to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def release(counter, apart, copies: tl.constexpr, amount):
     """Adds to int32 counters once all threads of the program are here: what they wrote is then to be read.
 

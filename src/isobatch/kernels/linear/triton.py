@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from isobatch.kernels.gpu.device import multiprocessors
-from isobatch.kernels.gpu.overlap import early, inputs_ready, next_may_begin, overlaps
+from isobatch.kernels.gpu.overlap import ask_for, early, inputs_ready, next_may_begin, overlaps
 from isobatch.kernels.stock import DenseWeight
 
 _TMA_ALIGNMENT = 16
@@ -75,23 +75,17 @@ def _tile_at(tile, M, N, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, GROUP: tl.co
 
 
 @triton.jit
-def _weights_ahead(w, n, N, w_stride, OUTPUTS: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr):
-    """Asks the second-level cache for the first PIECES * PIECE bytes of each weight row of a tile.
+def _weights_ahead(w, n, N, w_stride, OUTPUTS: tl.constexpr, SHARE: tl.constexpr, BYTES: tl.constexpr):
+    """Asks the second-level cache for the first BYTES of each weight row of a tile, SHARE threads for each.
 
-    Weights are there before the inputs are: what the memory would do meanwhile is nothing.
+    Weights are there before the inputs are: what the memory would do meanwhile is nothing. Threads side by
+    side share a row, for then a warp asks for fewer.
     """
-    if PIECES:
-        i = tl.arange(0, OUTPUTS * PIECES)
-        output = tl.minimum(n + i % OUTPUTS, N - 1)
-        at = (w + output.to(tl.int64) * w_stride).to(tl.int64) + i // OUTPUTS * PIECE
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; // $0",
-            "=r,l,r",
-            [at, tl.full((OUTPUTS * PIECES,), PIECE, tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+    if SHARE:
+        i = tl.arange(0, OUTPUTS * SHARE)
+        output = tl.minimum(n + i // SHARE, N - 1)
+        at = (w + output.to(tl.int64) * w_stride).to(tl.int64)
+        ask_for(at, tl.full((OUTPUTS * SHARE,), BYTES, tl.int32))
 
 
 @triton.jit
@@ -115,11 +109,11 @@ def _linear_pointer_kernel(
     x, w, bias, y, M, N, K, x_stride, w_stride, y_stride,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     WEIGHT_LEFT: tl.constexpr, BIASED: tl.constexpr, WHOLE: tl.constexpr,
-    PIECES: tl.constexpr, PIECE: tl.constexpr,
+    SHARE: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     """One tile by ordinary copies: any strides, any N and K."""
     m, n = _tile_at(tl.program_id(0), M, N, ROWS, OUTPUTS, GROUP)
-    _weights_ahead(w, n, N, w_stride, OUTPUTS, PIECES, PIECE)
+    _weights_ahead(w, n, N, w_stride, OUTPUTS, SHARE, BYTES)
     inputs_ready()
     rows, outputs, k = m + tl.arange(0, ROWS), n + tl.arange(0, OUTPUTS), tl.arange(0, DEPTH)
     # Beyond the edge output 0 is read again: cheaper than a mask, and never stored. Not so row 0: of a single
@@ -164,15 +158,15 @@ def _linear_tma_kernel(
     x, w, weights, bias, y, M, N, K, w_stride,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     WEIGHT_LEFT: tl.constexpr, BIASED: tl.constexpr, PARTS: tl.constexpr, ONCE: tl.constexpr,
-    PIECES: tl.constexpr, PIECE: tl.constexpr,
+    SHARE: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     """Tiles by the bulk copy engine, which fills with zeros beyond the edges and stores nothing there.
 
     x, w and y are what that engine reads; `weights` is the address of w. ONCE: a program has one tile.
     """
-    if PIECES:
+    if SHARE:
         _, first = _tile_at(tl.program_id(0), M, N, ROWS, OUTPUTS, GROUP)
-        _weights_ahead(weights, first, N, w_stride, OUTPUTS, PIECES, PIECE)
+        _weights_ahead(weights, first, N, w_stride, OUTPUTS, SHARE, BYTES)
     inputs_ready()
     tiles = tl.cdiv(M, ROWS) * tl.cdiv(N, OUTPUTS)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
@@ -193,15 +187,13 @@ def bulk_copyable(tensor: torch.Tensor) -> bool:
     return inner and step % _TMA_ALIGNMENT == 0 and tensor.data_ptr() % _TMA_ALIGNMENT == 0
 
 
-def _pieces_ahead(w: torch.Tensor, tile: Tile) -> tuple[int, int]:
-    """How many pieces of each weight row a program asks for ahead, and the bytes of one; or none."""
+def _bytes_ahead(w: torch.Tensor, tile: Tile) -> tuple[int, int]:
+    """How many threads of a program ask for each weight row, and for how many bytes of it; or none."""
     if not overlaps() or tile.rows > _AHEAD_ROWS or not bulk_copyable(w):
         return 0, 0
-    pieces = max(1, 32 * tile.warps // tile.outputs)
-    row_bytes = w.shape[1] * w.element_size()
     # Whole lines of the cache, and the same for every K that is no smaller.
-    piece = min(_AHEAD_BYTES // tile.outputs, row_bytes) // pieces // 128 * 128
-    return (pieces, piece) if piece else (0, 0)
+    size = min(_AHEAD_BYTES // tile.outputs, w.shape[1] * w.element_size()) // 128 * 128
+    return (max(1, 32 * tile.warps // tile.outputs), size) if size else (0, 0)
 
 
 def linear_tile(
@@ -241,7 +233,7 @@ def linear_tile(
         "num_stages": tile.stages,
         **early(),
     }
-    shape["PIECES"], shape["PIECE"] = _pieces_ahead(w, tile)
+    shape["SHARE"], shape["BYTES"] = _bytes_ahead(w, tile)
     if tile.tma and bulk_copyable(x) and bulk_copyable(w) and bulk_copyable(y):
         x_tiles = TensorDescriptor.from_tensor(x, [tile.rows, tile.depth])
         w_tiles = TensorDescriptor.from_tensor(w, [tile.outputs, tile.depth])
