@@ -86,8 +86,13 @@ def failures() -> Iterator[str]:
     compiled = _compile_only()
     from isobatch.kernels.gpu.catalogue import GPU_RECORDS
     from isobatch.kernels.gpu.random_weights import random_weights
+    from isobatch.kernels.gpu.tokens import hand_on
 
     random_weights(2**62, 0, 4096, torch.bfloat16)
+    compiled.clear()
+    hand_on(torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
+    if touches_too_early(compiled[0].asm["ptx"]):
+        yield f"{compiled[0].metadata.name} does not wait before it touches memory"
     for record in GPU_RECORDS.values():
         # float16 makes the same programs with another type.
         variants = [variant for variant in record.variants if not variant.endswith("fp16")]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -296,3 +297,38 @@ def test_observers_see_every_step_recorded_or_not() -> None:
     assert ask.params.max_tokens == 3
     assert seen.count("attention") == 3 * TINY.num_layers
     assert seen.count("logits") == 3
+
+
+def test_tokens_are_handed_on_by_the_last_launch_before_a_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain launch in between would leave the GPU slow for the step (kernels/gpu/tokens.py)."""
+    said: list[str] = []
+
+    def telling(name: str) -> None:
+        real = getattr(GpuOps, name)
+
+        def told(self: GpuOps, *arguments: Any, **named: Any) -> Any:
+            said.append(name)
+            return real(self, *arguments, **named)
+
+        monkeypatch.setattr(GpuOps, name, told)
+
+    for name in ("send", "tensor", "hand_on"):
+        telling(name)
+    real = GpuOps.recorded
+
+    def recorded(self: GpuOps, work: Any) -> Any:
+        replay, result = real(self, work)
+
+        def told() -> object:
+            said.append("replay")
+            return replay()
+
+        return told, result
+
+    monkeypatch.setattr(GpuOps, "recorded", recorded)
+    greedy = SamplingParams(max_tokens=20, ignore_eos=True, temperature=0)
+    drive(engine(blocks=64), [Ask(stream(0)[:5], greedy), Ask(stream(1)[:18], greedy)])
+    before = [a for a, b in pairwise(said) if b == "replay"]
+    handed = [a for a in before if a == "hand_on"]
+    assert len(handed) >= 15
+    assert said.count("hand_on") == len(handed)

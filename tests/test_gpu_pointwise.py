@@ -24,8 +24,9 @@ from isobatch.kernels.cpu import elementary
 from isobatch.kernels.data import floats, integers
 from isobatch.kernels.embedding.gpu_record import EMBEDDING
 from isobatch.kernels.gpu.data import to_device
-from isobatch.kernels.gpu.device import dtypes
+from isobatch.kernels.gpu.device import device, dtypes
 from isobatch.kernels.gpu.elementary import UNFUSED, exp2, log
+from isobatch.kernels.gpu.tokens import hand_on
 from isobatch.kernels.layout import PagedRows
 from isobatch.kernels.log_probs import cpu as log_probs_cpu
 from isobatch.kernels.log_probs import triton as log_probs
@@ -282,3 +283,13 @@ def _order_changed(
 def test_a_norm_that_adds_in_another_order_is_caught() -> None:
     verdict = bitclass.certify(RMS_NORM, Member("another order", _order_changed, STOCK), (8,))
     assert not verdict.member
+
+
+@pytest.mark.parametrize("count", [0, 1, 16, 1023, 2500])
+def test_tokens_are_handed_on_and_refused_ones_become_any_token(count: int) -> None:
+    tokens = integers("tokens", count, below=150_000).to(device())
+    tokens[::3] = -1
+    to = torch.full((2501,), 7, dtype=torch.int64, device=device())
+    hand_on(tokens, to)
+    assert to[:count].equal(tokens.clamp(min=0))
+    assert bool((to[count:] == 7).all())

@@ -55,6 +55,9 @@ class LateOps(QueuedOps):
     def send(self, numbers: torch.Tensor, to: torch.Tensor) -> None:
         to.copy_(numbers)
 
+    def hand_on(self, tokens: torch.Tensor, to: torch.Tensor) -> None:
+        raise NotImplementedError("as decode_rows")
+
     def decode_rows(
         self, lengths: torch.Tensor, tables: torch.Tensor, slots: torch.Tensor, context: int
     ) -> PagedRows:

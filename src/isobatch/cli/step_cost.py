@@ -24,7 +24,7 @@ from isobatch.cli.workloads import BATCHES, CONTEXT, CONTEXTS, FEW
 from isobatch.engine import sampler
 from isobatch.engine.batch import meanings
 from isobatch.engine.engine import Engine
-from isobatch.engine.graphs import DecodeGraphs
+from isobatch.engine.graphs import DecodeGraphs, Pending
 from isobatch.engine.memory import block_bytes
 from isobatch.engine.request import Sequence
 from isobatch.engine.sampling_params import SamplingParams
@@ -98,7 +98,10 @@ def fill_caches(engine: Engine) -> None:
 def step_work(
     ops: Any, graphs: DecodeGraphs, vocabulary: int, batch: int, context: int
 ) -> Callable[[], torch.Tensor]:
-    """What queues a step and gives its tokens: every sequence computes the last of its `context` tokens."""
+    """What queues a step and gives its tokens: every sequence computes the last of its `context` tokens.
+
+    As in a server the token to begin with is one that a step has just sampled, on the device.
+    """
     pages = -(-context // ops.page)
     draw = random.Random(f"{batch} x {context}")
     greedy = SamplingParams(temperature=0)
@@ -114,7 +117,9 @@ def step_work(
     ]
     step = ScheduledStep(tuple(chunks), ())
     rows = meanings(step)
-    queue, drawn = graphs.ready(step, rows), sampler.sampling_rows(ops, rows)
+    tokens = ops.tensor([chunk.token_ids[0] for chunk in chunks])
+    pending = Pending(tokens, {row: row for row in range(batch)})
+    queue, drawn = graphs.ready(step, rows, pending), sampler.sampling_rows(ops, rows)
 
     if queue is None:
         raise UnsupportedOpError("no memory to record a step", got=f"{batch} x {context} tokens")

@@ -95,11 +95,8 @@ class GraphInputs:
         self._ops.send(here, self._memory[self._sampled.bytes :][:size])
 
     def take(self, tokens: torch.Tensor) -> None:
-        """Queues a copy of the tokens that the step before has sampled, int64 [S].
-
-        -1 stands for a row that was refused: its request fails when that is read, and any token will do.
-        """
-        torch.clamp(tokens, min=0, out=self._memory.view(torch.int64)[: len(tokens)])
+        """Queues a copy of the tokens that the step before has sampled, as `QueuedOps.hand_on`; int64 [S]."""
+        self._ops.hand_on(tokens, self._memory.view(torch.int64))
 
     def sources(self, count: int, pending: Mapping[int, int]) -> list[int]:
         """Where each token of a step is to be found, for `tokens`.

@@ -184,12 +184,12 @@ class DecodeGraphs:
         self._inputs.send(_form(size.rows, drawn=size.drawn is not None), numbers)
         self.tables.show([chunk.block_table for chunk in chunks])
         self.tables.repeat(owners, len(chunks))
-        if pending is not None:
-            self._inputs.take(pending.sampled)
         replay, result = recorded
         order = self._order(chunks) if owners else slice(count)
 
         def queue() -> Computed:
+            if pending is not None:
+                self._inputs.take(pending.sampled)
             replay()
             if size.drawn is not None:
                 return Computed(tokens=result[:count])

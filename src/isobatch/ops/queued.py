@@ -46,6 +46,16 @@ class QueuedOps(Ops, ABC):
         """
 
     @abstractmethod
+    def hand_on(self, tokens: torch.Tensor, to: torch.Tensor) -> None:
+        """Queues a copy of what one step has sampled to where the next one looks for it, right before that.
+
+        Args:
+            tokens: int64 [S], -1 for a row that was refused: its request fails when that is read. Any token
+                will do, and 0 is copied.
+            to: int64 [S] or longer.
+        """
+
+    @abstractmethod
     def decode_rows(
         self, lengths: torch.Tensor, tables: torch.Tensor, slots: torch.Tensor, context: int
     ) -> PagedRows:

@@ -8,6 +8,8 @@ from itertools import pairwise
 
 import torch
 
+from isobatch.kernels.gpu.tokens import hand_on
+
 _AWAKE = 50.0  # milliseconds
 
 Work = Callable[[int], object]
@@ -25,14 +27,12 @@ def capture(work: Work, copies: int) -> torch.cuda.CUDAGraph:
     Returns:
         The graph, ready to replay.
     """
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work(0)
-        stream.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            for copy in range(copies):
-                work(copy)
+    work(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for copy in range(copies):
+            work(copy)
     return graph
 
 
@@ -63,7 +63,12 @@ def microseconds(sides: Sequence[Work], copies: int, rounds: int = 12) -> list[f
 
 
 def _awake(graphs: Sequence[torch.cuda.CUDAGraph]) -> None:
-    """Replays until a GPU that had nothing to do runs at its clock again."""
+    """Replays until a GPU that had nothing to do runs at its clock again, launching kernels as in a server.
+
+    Those that captures have launched, plainly or not, would decide how (`kernels/gpu/tokens.py`).
+    """
+    token = torch.zeros(1, dtype=torch.int64, device="cuda")
+    hand_on(token, token)
     start, now = _event(), _event()
     start.record()
     spent = 0.0
