@@ -86,11 +86,12 @@ def failures() -> Iterator[str]:
     compiled = _compile_only()
     from isobatch.kernels.gpu.catalogue import GPU_RECORDS
     from isobatch.kernels.gpu.random_weights import random_weights
-    from isobatch.kernels.gpu.tokens import hand_on
+    from isobatch.kernels.gpu.tokens import fill_in
 
     random_weights(2**62, 0, 4096, torch.bfloat16)
     compiled.clear()
-    hand_on(torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
+    tokens = torch.zeros(3, dtype=torch.int64)
+    fill_in(tokens, tokens.int(), tokens, tokens)
     if touches_too_early(compiled[0].asm["ptx"]):
         yield f"{compiled[0].metadata.name} does not wait before it touches memory"
     for record in GPU_RECORDS.values():

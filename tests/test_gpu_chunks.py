@@ -12,7 +12,7 @@ import pytest
 from isobatch import SamplingParams
 from isobatch.engine import graph_inputs
 from isobatch.engine.chunk_graphs import ChunkGraphs
-from isobatch.engine.graph_inputs import GraphInputs
+from isobatch.engine.graph_inputs import PLACES, GraphInputs
 from isobatch.engine.graphs import Computed
 from isobatch.kernels.attention.gpu_serve import Tiling
 from isobatch.kernels.gpu.device import INTERPRETED
@@ -141,9 +141,11 @@ def test_single_queries_have_no_tiles_where_decode_can_serve_them() -> None:
         assert Tiling(heads, 2, head_size).cut((1, 1), (9, 9))[2] == []
 
 
-def test_control_pending_tokens_of_another_row_are_caught(
+def test_control_pending_tokens_that_are_forgotten_are_caught(
     steps: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sources = GraphInputs.sources
-    monkeypatch.setattr(GraphInputs, "sources", lambda self, count, _pending: sources(self, count, {}))
+    send = GraphInputs.send
+    monkeypatch.setattr(
+        GraphInputs, "send", lambda self, form, numbers: send(self, form, numbers | {PLACES: []})
+    )
     expect_caught(steps)

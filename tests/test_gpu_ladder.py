@@ -16,7 +16,7 @@ import torch
 
 from isobatch import LLM, SamplingParams
 from isobatch.engine import graph_inputs, sampler
-from isobatch.engine.graph_inputs import GraphInputs
+from isobatch.engine.graph_inputs import PLACES, Form, GraphInputs
 from isobatch.engine.graphs import DRAWN, Computed, DecodeGraphs, ladder
 from isobatch.engine.output import Reply
 from isobatch.kernels.gpu.device import INTERPRETED, device
@@ -135,13 +135,13 @@ def test_control_sampling_with_the_numbers_of_another_row_is_caught(
 def test_control_pending_tokens_of_another_row_are_caught(
     recorded: list[tuple[int, bool]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sources = GraphInputs.sources
+    send = GraphInputs.send
 
-    def mixed(self: GraphInputs, count: int, pending: Any) -> list[int]:
-        first, *others = pending.values() or [0]
-        return sources(self, count, dict(zip(pending, [*others, first], strict=False)))
+    def mixed(self: GraphInputs, form: Form, numbers: Any) -> None:
+        places = numbers.get(PLACES, [])
+        send(self, form, numbers | {PLACES: [*places[1:], *places[:1]]})
 
-    monkeypatch.setattr(GraphInputs, "sources", mixed)
+    monkeypatch.setattr(GraphInputs, "send", mixed)
     with pytest.raises(MovedError):
         expect_eager(3, recorded, UNSEEN)
     assert recorded

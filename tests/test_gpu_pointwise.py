@@ -26,7 +26,7 @@ from isobatch.kernels.embedding.gpu_record import EMBEDDING
 from isobatch.kernels.gpu.data import to_device
 from isobatch.kernels.gpu.device import device, dtypes
 from isobatch.kernels.gpu.elementary import UNFUSED, exp2, log
-from isobatch.kernels.gpu.tokens import hand_on
+from isobatch.kernels.gpu.tokens import fill_in
 from isobatch.kernels.layout import PagedRows
 from isobatch.kernels.log_probs import cpu as log_probs_cpu
 from isobatch.kernels.log_probs import triton as log_probs
@@ -285,11 +285,14 @@ def test_a_norm_that_adds_in_another_order_is_caught() -> None:
     assert not verdict.member
 
 
-@pytest.mark.parametrize("count", [0, 1, 16, 1023, 2500])
-def test_tokens_are_handed_on_and_refused_ones_become_any_token(count: int) -> None:
-    tokens = integers("tokens", count, below=150_000).to(device())
-    tokens[::3] = -1
-    to = torch.full((2501,), 7, dtype=torch.int64, device=device())
-    hand_on(tokens, to)
-    assert to[:count].equal(tokens.clamp(min=0))
-    assert bool((to[count:] == 7).all())
+@pytest.mark.parametrize("count", [1, 16, 1023, 2500])
+def test_tokens_just_sampled_are_filled_in_and_refused_ones_become_any_token(count: int) -> None:
+    known, sampled = (
+        integers(f"tokens/{name}", count, below=150_000).to(device()) for name in ("known", "sampled")
+    )
+    sampled[::3] = -1
+    places = (integers("tokens/places", count, below=2 * count) - count).clamp(min=-1).int().to(device())
+    to = torch.full((count + 1,), 7, dtype=torch.int64, device=device())
+    fill_in(known, places, sampled, to[:count])
+    expected = [int(k) if p < 0 else max(0, int(sampled[p])) for k, p in zip(known, places, strict=True)]
+    assert to.tolist() == [*expected, 7]

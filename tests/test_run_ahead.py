@@ -55,7 +55,9 @@ class LateOps(QueuedOps):
     def send(self, numbers: torch.Tensor, to: torch.Tensor) -> None:
         to.copy_(numbers)
 
-    def hand_on(self, tokens: torch.Tensor, to: torch.Tensor) -> None:
+    def fill_in(
+        self, known: torch.Tensor, places: torch.Tensor, sampled: torch.Tensor, to: torch.Tensor
+    ) -> None:
         raise NotImplementedError("as decode_rows")
 
     def decode_rows(

@@ -16,7 +16,7 @@ import torch
 
 from isobatch.engine.batch import packed
 from isobatch.engine.block_tables import BlockTables
-from isobatch.engine.graph_inputs import TOKENS, Form, GraphInputs, Section, token_sections
+from isobatch.engine.graph_inputs import NOWHERE, PLACES, TOKENS, Form, GraphInputs, Section, token_sections
 from isobatch.engine.graphs import Computed, Pending, Recording, recording
 from isobatch.engine.scheduled import ScheduledStep
 from isobatch.kernels.layout import Cache, TiledRows
@@ -40,7 +40,6 @@ class ChunkGraphs:
         tiling: of these ops.
         caches: one per layer.
         tables: the block tables, shared with the recordings of decode.
-        max_sequences: the most sequences of a step.
     """
 
     def __init__(
@@ -50,13 +49,12 @@ class ChunkGraphs:
         tiling: Tiling,
         caches: Sequence[Cache],
         tables: BlockTables,
-        max_sequences: int,
     ) -> None:
         self._decoder, self._ops, self._caches, self._tables = decoder, ops, caches, tables
         self._tiling = tiling
         # Sequences, singles and tiles have a query of their own each. Only where a group has more heads than
         # a tile has rows there may be more tiles, and then a step is not recorded.
-        self._inputs = GraphInputs(ops, max_sequences, [_form((_RUNGS[-1], _RUNGS[-1], True))])
+        self._inputs = GraphInputs(ops, [_form((_RUNGS[-1], _RUNGS[-1], True))])
         self._seen: set[_Size] = set()
         self._recorded: dict[_Size, Recording | None] = {}
 
@@ -94,7 +92,7 @@ class ChunkGraphs:
             _form(size),
             {
                 TOKENS: found.token_ids,
-                "sources": self._inputs.sources(rows, last),
+                PLACES: [last.get(at, NOWHERE) for at in range(len(found.token_ids))],
                 "positions": found.positions,
                 "slots": found.slots,
                 "starts": found.starts,
@@ -106,8 +104,7 @@ class ChunkGraphs:
             },
         )
         self._tables.show([chunk.block_table for chunk in step.chunks])
-        if pending is not None:
-            self._inputs.take(pending.sampled)
+        self._inputs.fill_in(_form(size), None if pending is None else pending.sampled)
         replay()
         wanted = self._inputs.views(_form(size))["wanted"][: len(found.logit_rows)]
         return Computed(logits=self._decoder.logits(hidden[wanted]))
@@ -115,14 +112,13 @@ class ChunkGraphs:
     def _record(self, size: _Size) -> Recording:
         rows, tiles, _ = size
         # The run that goes before the recording is of padded rows alone: it writes nothing.
-        nobody = {"sources": self._inputs.sources(rows, {}), "tiles": [rows] * tiles}
-        self._inputs.send(_form(size), nobody)
-        at = self._inputs.views(_form(size))
+        self._inputs.send(_form(size), {"tiles": [rows] * tiles})
+        at, token_ids = self._inputs.views(_form(size)), self._inputs.token_ids(_form(size))
         tiled = at["tiles"].view(2, tiles), at["singles"], at["single_count"]
         paged = TiledRows(at["starts"], at["lengths"], self._tables.tensor, at["slots"], *tiled, settled=True)
 
         def work() -> torch.Tensor:
-            batch = Batch(self._inputs.tokens(at["sources"]), at["positions"], paged, None)
+            batch = Batch(token_ids, at["positions"], paged, None)
             return self._decoder.hidden(batch, self._caches)
 
         return self._ops.recorded(work)

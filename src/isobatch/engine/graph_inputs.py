@@ -1,12 +1,13 @@
 """What recordings read of a step: one piece of memory on the device, filled by one copy from the host.
 
 At a batch of one every copy, however small, takes as long as a layer's norm. So all numbers of a step go up
-together, each kind in a section of its own. Sections begin at 16 bytes, for which kernels are compiled.
+together, each kind in a section of its own. Sections begin at 16 bytes, for which kernels are compiled. Token
+ids lie elsewhere, for some are sampled on the device, and not known when the rest goes up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,8 +40,10 @@ class Section:
 Form = Mapping[str, Section]
 """The sections of a recording's inputs, by name, in order. The first is TOKENS."""
 TOKENS = "tokens"
+PLACES = "places"
+"""Of tokens that nobody has seen yet, the place among those that the step before has sampled."""
 NOWHERE = -1
-"""The slot of a padded row."""
+"""The slot of a padded row, and the place of a token that is known."""
 
 
 def token_sections(rows: int) -> dict[str, Section]:
@@ -48,7 +51,7 @@ def token_sections(rows: int) -> dict[str, Section]:
     whole = Section(torch.int64, rows)
     return {
         TOKENS: whole,
-        "sources": whole,
+        PLACES: Section(torch.int32, rows, fill=NOWHERE),
         "positions": whole,
         "slots": Section(torch.int64, rows, fill=NOWHERE),
     }
@@ -59,23 +62,26 @@ def _bytes(form: Form) -> int:
 
 
 class GraphInputs:
-    """The memory, behind the tokens that the step before has sampled.
+    """The memory.
 
     Args:
         ops: on whose device.
-        sampled: the most tokens that a step samples.
         forms: that there will be, or the largest of them.
     """
 
-    def __init__(self, ops: QueuedOps, sampled: int, forms: Iterable[Form]) -> None:
+    def __init__(self, ops: QueuedOps, forms: Sequence[Form]) -> None:
         self._ops = ops
-        self._sampled = Section(torch.int64, sampled)
-        room = max(map(_bytes, forms))
-        self._memory = torch.zeros(self._sampled.bytes + room, dtype=torch.uint8, device=ops.device)
+        self._memory = torch.zeros(max(map(_bytes, forms)), dtype=torch.uint8, device=ops.device)
+        most = max(form[TOKENS].length for form in forms)
+        self._ids = torch.zeros(most, dtype=torch.int64, device=ops.device)
 
     def views(self, form: Form) -> dict[str, torch.Tensor]:
         """The sections on the device, in which each step of this form will find its numbers."""
-        return self._cut(self._memory[self._sampled.bytes :], form)
+        return self._cut(self._memory, form)
+
+    def token_ids(self, form: Form) -> torch.Tensor:
+        """Where each step of this form will find its tokens, int64; before the first of them any that are."""
+        return self._ids[: form[TOKENS].length]
 
     def send(self, form: Form, numbers: Mapping[str, Sequence[float]]) -> None:
         """Queues the copy.
@@ -92,25 +98,13 @@ class GraphInputs:
                 part[len(known) :] = form[name].fill
             if known:
                 part[: len(known)] = torch.tensor(known, dtype=part.dtype)
-        self._ops.send(here, self._memory[self._sampled.bytes :][:size])
+        self._ops.send(here, self._memory[:size])
 
-    def take(self, tokens: torch.Tensor) -> None:
-        """Queues a copy of the tokens that the step before has sampled, as `QueuedOps.hand_on`; int64 [S]."""
-        self._ops.hand_on(tokens, self._memory.view(torch.int64))
-
-    def sources(self, count: int, pending: Mapping[int, int]) -> list[int]:
-        """Where each token of a step is to be found, for `tokens`.
-
-        Args:
-            count: the step's tokens.
-            pending: of those that nobody has seen yet, the place among the tokens of `take`.
-        """
-        first = self._sampled.bytes // 8
-        return [pending.get(at, first + at) for at in range(count)]
-
-    def tokens(self, sources: torch.Tensor) -> torch.Tensor:
-        """The step's token ids, int64 like `sources`."""
-        return self._memory.view(torch.int64).index_select(0, sources)
+    def fill_in(self, form: Form, sampled: torch.Tensor | None) -> None:
+        """Queues the gathering of a step's tokens, with those that the step before has sampled, int64 [S]."""
+        at = self.views(form)
+        known = at[TOKENS]
+        self._ops.fill_in(known, at[PLACES], known if sampled is None else sampled, self.token_ids(form))
 
     @staticmethod
     def _cut(memory: torch.Tensor, form: Form) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ import torch
 from isobatch.engine import sampler
 from isobatch.engine.batch import LogitRow
 from isobatch.engine.block_tables import BlockTables
-from isobatch.engine.graph_inputs import TOKENS, Form, GraphInputs, Section, token_sections
+from isobatch.engine.graph_inputs import NOWHERE, PLACES, TOKENS, Form, GraphInputs, Section, token_sections
 from isobatch.engine.scheduled import Chunk, ScheduledStep
 from isobatch.kernels.layout import Cache
 from isobatch.kernels.sampling.cpu import SamplingRows
@@ -123,7 +123,7 @@ class DecodeGraphs:
         self._max_context = max_context
         most = self._rungs[-1]
         self.tables = BlockTables(ops, most, -(-max_context // ops.page))
-        self._inputs = GraphInputs(ops, most, [_form(most), _form(min(most, DRAWN), drawn=True)])
+        self._inputs = GraphInputs(ops, [_form(most), _form(min(most, DRAWN), drawn=True)])
         self._recorded: dict[_Size, Recording | None] = {}
 
     def fits(self, step: ScheduledStep) -> bool:
@@ -174,22 +174,22 @@ class DecodeGraphs:
         tokens = [max(0, chunk.token_ids[0]) for chunk in chunks]
         numbers: dict[str, Sequence[float]] = {
             TOKENS: [*tokens, *chain.from_iterable(chunk.drafts for chunk in chunks)],
-            "sources": self._inputs.sources(size.rows, {} if pending is None else pending.places),
+            PLACES: [pending.places.get(at, NOWHERE) for at in range(count)] if pending else [],
             "positions": [position for _, position in places],
             "slots": [table[position // page] * page + position % page for table, position in places],
             "lengths": [position + 1 for _, position in places],
         }
         if size.drawn is not None:
             numbers |= sampler.columns(rows)
-        self._inputs.send(_form(size.rows, drawn=size.drawn is not None), numbers)
+        form = _form(size.rows, drawn=size.drawn is not None)
+        self._inputs.send(form, numbers)
         self.tables.show([chunk.block_table for chunk in chunks])
         self.tables.repeat(owners, len(chunks))
         replay, result = recorded
         order = self._order(chunks) if owners else slice(count)
 
         def queue() -> Computed:
-            if pending is not None:
-                self._inputs.take(pending.sampled)
+            self._inputs.fill_in(form, None if pending is None else pending.sampled)
             replay()
             if size.drawn is not None:
                 return Computed(tokens=result[:count])
@@ -218,13 +218,13 @@ class DecodeGraphs:
     def _record(self, size: _Size) -> Recording:
         ops, form = self._ops, _form(size.rows, drawn=size.drawn is not None)
         # The run that goes before the recording is of padded rows alone: it writes nothing.
-        self._inputs.send(form, {"sources": self._inputs.sources(size.rows, {})})
-        at = self._inputs.views(form)
+        self._inputs.send(form, {})
+        at, token_ids = self._inputs.views(form), self._inputs.token_ids(form)
         tables = self.tables.tensor[: size.rows]
         rows = ops.decode_rows(at["lengths"], tables, at["slots"], size.context)
 
         def work() -> torch.Tensor:
-            batch = Batch(self._inputs.tokens(at["sources"]), at["positions"], rows, None)
+            batch = Batch(token_ids, at["positions"], rows, None)
             hidden = self._decoder.hidden(batch, self._caches)
             if size.drawn is None:
                 return hidden

@@ -86,7 +86,7 @@ class Runner:
         if isinstance(ops, QueuedOps):
             self._decode = DecodeGraphs(decoder, ops, caches, max_rows, max_context)
             if (tiling := ops.tiling) is not None:
-                self._chunks = ChunkGraphs(decoder, ops, tiling, caches, self._decode.tables, max_rows)
+                self._chunks = ChunkGraphs(decoder, ops, tiling, caches, self._decode.tables)
 
     def launch(self, step: ScheduledStep, before: Flight | None = None) -> Flight:
         """Queues a step.

@@ -13,7 +13,7 @@ import torch
 from isobatch.errors import UnsupportedOpError
 from isobatch.kernels.attention.gpu_rows import GpuPagedRows
 from isobatch.kernels.gpu.device import INTERPRETED, device, dtypes
-from isobatch.kernels.gpu.tokens import hand_on
+from isobatch.kernels.gpu.tokens import fill_in
 from isobatch.kernels.layout import Layout, PagedRows
 from isobatch.ops.queued import QueuedOps
 
@@ -68,9 +68,11 @@ class CudaOps(QueuedOps):
         """Copies from pinned memory, so that nothing queued is waited for."""
         to.copy_(numbers if INTERPRETED else numbers.pin_memory(), non_blocking=True)
 
-    def hand_on(self, tokens: torch.Tensor, to: torch.Tensor) -> None:
-        """Copies them in a kernel of ours, whoever's the others are: it is launched as graphs like it."""
-        hand_on(tokens, to)
+    def fill_in(
+        self, known: torch.Tensor, places: torch.Tensor, sampled: torch.Tensor, to: torch.Tensor
+    ) -> None:
+        """Gathers them in a kernel of ours, whoever's the others are."""
+        fill_in(known, places, sampled, to)
 
     def decode_rows(
         self, lengths: torch.Tensor, tables: torch.Tensor, slots: torch.Tensor, context: int

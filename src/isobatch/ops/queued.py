@@ -46,13 +46,17 @@ class QueuedOps(Ops, ABC):
         """
 
     @abstractmethod
-    def hand_on(self, tokens: torch.Tensor, to: torch.Tensor) -> None:
-        """Queues a copy of what one step has sampled to where the next one looks for it, right before that.
+    def fill_in(
+        self, known: torch.Tensor, places: torch.Tensor, sampled: torch.Tensor, to: torch.Tensor
+    ) -> None:
+        """Queues the gathering of a recorded step's tokens: right before that step, for speed.
 
         Args:
-            tokens: int64 [S], -1 for a row that was refused: its request fails when that is read. Any token
-                will do, and 0 is copied.
-            to: int64 [S] or longer.
+            known: int64 [T], the tokens that the host knows.
+            places: int32 [T], the place in `sampled` of each token that it does not know; -1 for one it does.
+            sampled: int64 [S], what the step before has sampled. -1 for a row that was refused, whose request
+                fails when that is read: any token will do, and 0 is taken.
+            to: int64 [T].
         """
 
     @abstractmethod

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 
-from isobatch.kernels.gpu.tokens import hand_on
+from isobatch.kernels.gpu.tokens import fill_in
 
 _AWAKE = 50.0  # milliseconds
 
@@ -68,7 +68,7 @@ def _awake(graphs: Sequence[torch.cuda.CUDAGraph]) -> None:
     Those that captures have launched, plainly or not, would decide how (`kernels/gpu/tokens.py`).
     """
     token = torch.zeros(1, dtype=torch.int64, device="cuda")
-    hand_on(token, token)
+    fill_in(token, token.int(), token, token)
     start, now = _event(), _event()
     start.record()
     spent = 0.0
