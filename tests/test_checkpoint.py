@@ -241,7 +241,7 @@ def test_repository_is_found_in_the_local_cache(
     (repository / "refs" / "main").write_text("0123abc")
     assert locate("someone/tiny") == snapshot
     assert open_checkpoint("someone/tiny").path == snapshot
-    with pytest.raises(ModelNotFoundError, match=r"someone/else.*hub.*hf download someone/else"):
+    with pytest.raises(ModelNotFoundError, match=r"someone/else.*hub; check.*hf download someone/else"):
         locate("someone/else")
 
 

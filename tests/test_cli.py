@@ -66,6 +66,7 @@ def test_help_and_version_end_well(option: str, said: str, capsys: pytest.Captur
         ("generate demo hi --temprature=0", "unknown option '--temprature'; did you mean '--temperature'?"),
         ("generate demo --temp 0 hi", "unknown option '--temp'"),
         ("generate demo hi --kernels stok", "unknown --kernels 'stok'; did you mean 'stock'?"),
+        ("generate demo hi --set device=gpu", "unknown device; expected cpu or cuda; got gpu"),
         ("generate demo hi --set kv_cash_bytes=1", "did you mean 'kv_cache_bytes'?"),
         ("generate demo hi --set kv_cache_bytes", "KEY=VALUE"),
         ("generate demo hi --set kv_cache_bytes=1.5", "an integer of 1 or more; got '1.5'"),

@@ -187,7 +187,7 @@ def test_model_loads_and_answers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "said"),
     [
-        ({"device": "gpu"}, UnknownKeyError, "cpu"),
+        ({"device": "gpu"}, ConfigError, "cpu or cuda"),
         ({"dtype": "bf16"}, UnknownKeyError, "bfloat16"),
         ({"device": "cuda", "dtype": "float32"}, ConfigError, "bfloat16 or float16"),
         ({"dtype": "bfloat16"}, ConfigError, "expected float32"),

@@ -70,7 +70,7 @@ class EngineConfig:
         if self.kernels not in get_args(Kernels):
             raise UnknownKeyError("kernels", str(self.kernels), get_args(Kernels))
         if self.device not in get_args(Device):
-            raise UnknownKeyError("device", str(self.device), get_args(Device))
+            raise ConfigError("unknown device", expected=" or ".join(get_args(Device)), got=self.device)
         if self.dtype not in get_args(Dtype):
             raise UnknownKeyError("dtype", str(self.dtype), get_args(Dtype))
         if self.dtype not in ("auto", *_DTYPES[self.device]):

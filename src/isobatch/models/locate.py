@@ -81,6 +81,7 @@ def _cached_snapshot(repo: str, path: Path) -> Path:
         )
     # Imported late: it takes longer than all the rest of opening a model from a path.
     from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         # The patterns keep a snapshot from counting as incomplete for lack of files that we would not read.
@@ -92,7 +93,8 @@ def _cached_snapshot(repo: str, path: Path) -> Path:
         raise ModelNotFoundError(
             f"no model {repo!r}",
             expected=f"a folder or .gguf file {path}, or a repository in {constants.HF_HUB_CACHE}",
-            got=error,
+            # What it says of a name that is not in the cache is how to call it, not us.
+            got=None if isinstance(error, LocalEntryNotFoundError) else error,
             fix=f"check the path, or fetch it once with: hf download {repo}",
         ) from error
     return Path(found)

@@ -28,7 +28,7 @@ def device() -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UnsupportedOpError(
-            "no GPU is to be had", expected="an NVIDIA GPU", fix='use device="cpu", or see nvidia-smi'
+            "no GPU is to be had", expected="an NVIDIA GPU", fix="see nvidia-smi; models also run on the CPU"
         )
     capability = torch.cuda.get_device_capability()
     if capability < _LEAST_CAPABILITY:
