@@ -92,6 +92,8 @@ def failures() -> Iterator[str]:
     compiled.clear()
     tokens = torch.zeros(3, dtype=torch.int64)
     fill_in(tokens, tokens.int(), tokens, tokens)
+    if not compiled[0].metadata.launch_pdl:
+        yield f"{compiled[0].metadata.name} is not launched early"
     if touches_too_early(compiled[0].asm["ptx"]):
         yield f"{compiled[0].metadata.name} does not wait before it touches memory"
     for record in GPU_RECORDS.values():

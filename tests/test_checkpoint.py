@@ -245,6 +245,21 @@ def test_repository_is_found_in_the_local_cache(
         locate("someone/else")
 
 
+def test_repository_of_which_a_part_is_there_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    class PartError(LocalEntryNotFoundError):
+        pass
+
+    def part(*_: object, **__: object) -> None:
+        raise PartError("2 files are missing")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", part)
+    with pytest.raises(ModelNotFoundError, match=r"2 files are missing.*hf download someone/half"):
+        locate("someone/half")
+
+
 @pytest.mark.parametrize("name", ["/no/such/folder", "no such name!", "a/b/c/d"])
 def test_nothing_anywhere_says_where_it_looked(name: str) -> None:
     with pytest.raises(ModelNotFoundError, match=r"no model at /.*a folder or a \.gguf file.*check the path"):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from isobatch import SamplingParams
 from isobatch.engine import graph_inputs
@@ -16,6 +17,7 @@ from isobatch.engine.graph_inputs import PLACES, GraphInputs
 from isobatch.engine.graphs import Computed
 from isobatch.kernels.attention.gpu_serve import Tiling
 from isobatch.kernels.gpu.device import INTERPRETED
+from isobatch.ops.gpu import GpuOps
 from tests.engine_harness import Ask, MovedError, drive, expect_same, stream
 from tests.test_gpu_engine import engine
 from tests.test_gpu_ladder import eager
@@ -149,3 +151,59 @@ def test_control_pending_tokens_that_are_forgotten_are_caught(
         GraphInputs, "send", lambda self, form, numbers: send(self, form, numbers | {PLACES: []})
     )
     expect_caught(steps)
+
+
+class _BeforeReplays(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What is done last before each replay: "filled in", or what torch did after that."""
+
+    last: str | None = None
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.last = str(function)
+        return function(*args, **kwargs or {})
+
+
+def _last_before_replays(steps: Counter[str], monkeypatch: pytest.MonkeyPatch) -> set[str | None]:
+    mode, seen = _BeforeReplays(), set()  # type: ignore[no-untyped-call]
+    fill_in, recorded = GpuOps.fill_in, GpuOps.recorded
+
+    def filled(ops: GpuOps, *arguments: Any) -> None:
+        fill_in(ops, *arguments)
+        mode.last = "filled in"
+
+    def watched(ops: GpuOps, work: Any) -> Any:
+        replay, result = recorded(ops, work)
+
+        def told() -> object:
+            seen.add(mode.last)
+            return replay()
+
+        return told, result
+
+    monkeypatch.setattr(GpuOps, "fill_in", filled)
+    monkeypatch.setattr(GpuOps, "recorded", watched)
+    with mode:
+        expect_eager(ASKS, "watched", (0, 1, 2), max_batch_tokens=5)
+    assert steps["recorded"]
+    assert steps["pending"]
+    return seen
+
+
+def test_tokens_are_filled_in_by_the_last_launch_before_a_replay(
+    steps: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plain launch in between would leave the GPU slow for the step (kernels/gpu/tokens.py)."""
+    assert _last_before_replays(steps, monkeypatch) == {"filled in"}
+
+
+def test_control_a_launch_after_tokens_are_filled_in_is_seen(
+    steps: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill_in = GraphInputs.fill_in
+
+    def late(self: GraphInputs, form: Any, sampled: Any) -> None:
+        fill_in(self, form, sampled)
+        self.token_ids(form).clamp_(min=0)
+
+    monkeypatch.setattr(GraphInputs, "fill_in", late)
+    assert _last_before_replays(steps, monkeypatch) == {"aten.clamp_.default"}

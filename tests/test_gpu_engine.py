@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,8 @@ from isobatch.engine.verify import verify
 from isobatch.errors import ConfigError, OutOfMemoryError, UnknownKeyError
 from isobatch.kernels.attention.gpu_rows import GpuKVCache
 from isobatch.kernels.gpu.device import dtypes
+from isobatch.kernels.linear.gpu import Linear
+from isobatch.kernels.linear.members import Shape
 from isobatch.kernels.linear.triton import linear_plain
 from isobatch.kernels.stock import DenseWeight
 from isobatch.models.decoder import Decoder
@@ -299,35 +300,26 @@ def test_observers_see_every_step_recorded_or_not() -> None:
     assert seen.count("logits") == 3
 
 
-def test_tokens_are_filled_in_by_the_last_launch_before_a_replay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plain launch in between would leave the GPU slow for the step (kernels/gpu/tokens.py)."""
-    said: list[str] = []
+def test_products_are_certified_when_the_engine_is_made(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: dict[str, Sequence[int]] = {}
 
-    def telling(name: str) -> None:
-        real = getattr(GpuOps, name)
+    def prepare(_self: Linear, shapes: Sequence[Shape], buckets: Sequence[int]) -> list[str]:
+        seen.update((shape.key, buckets) for shape in shapes)
+        return ["lt8.0 at a shape"]
 
-        def told(self: GpuOps, *arguments: Any, **named: Any) -> Any:
-            said.append(name)
-            return real(self, *arguments, **named)
-
-        monkeypatch.setattr(GpuOps, name, told)
-
-    for name in ("send", "tensor", "fill_in"):
-        telling(name)
-    real = GpuOps.recorded
-
-    def recorded(self: GpuOps, work: Any) -> Any:
-        replay, result = real(self, work)
-
-        def told() -> object:
-            said.append("replay")
-            return replay()
-
-        return told, result
-
-    monkeypatch.setattr(GpuOps, "recorded", recorded)
-    greedy = SamplingParams(max_tokens=20, ignore_eos=True, temperature=0)
-    drive(engine(blocks=64), [Ask(stream(0)[:5], greedy), Ask(stream(1)[:18], greedy)])
-    before = [a for a, b in pairwise(said) if b == "replay"]
-    assert len(before) >= 15
-    assert set(before) == {"fill_in"}
+    monkeypatch.setattr(Linear, "prepare", prepare)
+    engine(max_batch_tokens=300, max_batch_sequences=5)
+    hidden, inner = TINY.hidden_size, TINY.intermediate_size
+    qkv = (TINY.num_heads + 2 * TINY.num_kv_heads) * TINY.head_size
+    products = {
+        (qkv, hidden),
+        (hidden, TINY.num_heads * TINY.head_size),
+        (2 * inner, hidden),
+        (hidden, inner),
+    }
+    expected = {Shape(*sides, DTYPE, DTYPE).key: 512 for sides in products}
+    expected[Shape(TINY.vocab_size, hidden, DTYPE, torch.float32).key] = 8
+    assert {key: buckets[-1] for key, buckets in seen.items()} == expected
+    assert "lt8.0 at a shape" in caplog.text

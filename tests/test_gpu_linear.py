@@ -10,6 +10,7 @@ import torch
 
 from isobatch.bits import bits_equal
 from isobatch.errors import ConfigError
+from isobatch.kernels import plan as plans
 from isobatch.kernels import sources
 from isobatch.kernels.bitclass import certify
 from isobatch.kernels.gpu.device import INTERPRETED, dtypes
@@ -90,6 +91,40 @@ def test_a_library_member_that_fails_certification_is_dropped(
     assert linear.name(SMALL, 8) == OWN
     assert linear.refused[0] == f"{LIBRARY} at {SMALL.key}, up to 8 rows"
     assert bits_equal(got, linear_plain(drawn.per_row["x"], drawn.shared["weight"]))
+
+
+@pytest.mark.usefixtures("_no_machine")
+def test_no_library_serves_more_rows_than_it_is_certified_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "refusal", lambda *_: pytest.fail("certified for the last bucket alone"))
+    monkeypatch.setattr(plans, "BUCKETS", (1, 2))
+    linear = planned(tmp_path, LIBRARY, OWN)
+    drawn = case(SMALL, "wide", 5)
+    got = linear(drawn.per_row["x"], drawn.shared["weight"])
+    assert bits_equal(got, linear_plain(drawn.per_row["x"], drawn.shared["weight"]))
+    assert linear.refused == []
+
+
+@pytest.mark.usefixtures("_no_machine")
+def test_preparing_certifies_once_says_what_is_refused_and_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def refusal(_shape: Shape, _name: str, rows: int) -> str | None:
+        asked.append(rows)
+        if rows == 4:
+            raise torch.OutOfMemoryError
+        return "other bits" if rows == 2 else None
+
+    monkeypatch.setattr(serving, "refusal", refusal)
+    assert planned(tmp_path, LIBRARY, OWN).prepare([SMALL], [1, 2, 4, 8]) == [
+        f"{LIBRARY} at {SMALL.key}, up to 2 rows"
+    ]
+    assert asked == [1, 2, 4]
+    planned(tmp_path, LIBRARY, OWN).prepare([SMALL], [1, 2])
+    assert asked == [1, 2, 4]
 
 
 @pytest.mark.usefixtures("_no_machine")

@@ -1,8 +1,8 @@
 """How the time of one decode step grows with the batch and with the context, beside the least it could be.
 
-A step is what the engine queues for it: the recorded graph from embedding to hidden states, the output
-projection, and greedy sampling. It is timed on the device, with the host ahead, so that nothing of the host
-is in it; what the host adds is in the profile (`cli/step_profile.py`).
+A step is what the engine queues for it: the gathering of its tokens, the recorded graph from embedding to
+hidden states, the output projection, and greedy sampling. It is timed on the device, with the host ahead, so
+that nothing of the host is in it; what the host adds is in the profile (`cli/step_profile.py`).
 
 The floor is what the bytes take at the bandwidth of a copy, or the operations at the peak rate, whichever is
 more. The bytes are the weights that a step reads and the keys and values of all contexts. Of an embedding

@@ -97,9 +97,10 @@ class Engine:
         self.identity = identity
         self.max_context = config.max_context or decoder.config.context_length
         self._blocks = kv_blocks(decoder.config, config.cache_bytes, config.number_bytes, decoder.ops.page)
-        self._caches = decoder.kv_caches(self._blocks)
         sequences = config.max_batch_sequences
         rows = min(sequences * (1 + config.draft_tokens), max(sequences, config.step_tokens))
+        decoder.prepare(max(rows, config.step_tokens), rows)
+        self._caches = decoder.kv_caches(self._blocks)
         self._runner = Runner(decoder, self._caches, rows, self.max_context)
         self.drafted_tokens = self.accepted_tokens = 0
         self.eos_token_ids = frozenset(tokenizer.eos_token_ids if tokenizer else decoder.config.eos_token_ids)

@@ -1,8 +1,8 @@
 """What recordings read of a step: one piece of memory on the device, filled by one copy from the host.
 
 At a batch of one every copy, however small, takes as long as a layer's norm. So all numbers of a step go up
-together, each kind in a section of its own. Sections begin at 16 bytes, for which kernels are compiled. Token
-ids lie elsewhere, for some are sampled on the device, and not known when the rest goes up.
+together, each kind in a section of its own. Sections begin at 16 bytes, for which kernels are compiled. A
+step's tokens are gathered elsewhere, for some are sampled on the device, and not known when the rest goes up.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Section:
 
 
 Form = Mapping[str, Section]
-"""The sections of a recording's inputs, by name, in order. The first is TOKENS."""
+"""The sections of a recording's inputs, by name, in order."""
 TOKENS = "tokens"
 PLACES = "places"
 """Of tokens that nobody has seen yet, the place among those that the step before has sampled."""
@@ -47,7 +47,7 @@ NOWHERE = -1
 
 
 def token_sections(rows: int) -> dict[str, Section]:
-    """What every recording reads of its tokens, padded ones included; a form begins with it."""
+    """What every recording reads of its tokens, padded ones included; all forms have it."""
     whole = Section(torch.int64, rows)
     return {
         TOKENS: whole,
@@ -80,7 +80,7 @@ class GraphInputs:
         return self._cut(self._memory, form)
 
     def token_ids(self, form: Form) -> torch.Tensor:
-        """Where each step of this form will find its tokens, int64; before the first of them any that are."""
+        """Where each step of this form will find its tokens, int64; till then zeros, or an earlier step's."""
         return self._ids[: form[TOKENS].length]
 
     def send(self, form: Form, numbers: Mapping[str, Sequence[float]]) -> None:

@@ -158,7 +158,8 @@ class DecodeGraphs:
         Args: as of `run`.
 
         Returns:
-            What queues the step; again and again, until another step is made ready. None as of `run`.
+            What queues the step; again and again, until another step is made ready, and as long as
+            `pending.sampled` holds what it does now. None as of `run`.
         """
         chunks, page = step.chunks, self._ops.page
         # Of each draft the chunk; of each row the chunk's table, and the position.

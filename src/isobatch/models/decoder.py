@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -41,6 +42,16 @@ class Decoder:
         return [
             self.ops.kv_cache(blocks, self.config.num_kv_heads, self.config.head_size) for _ in self.layers
         ]
+
+    def prepare(self, tokens: int, samples: int) -> None:
+        """Has the kernels that are certified on each machine certified, before there is anyone who waits.
+
+        Args:
+            tokens: the most of a step.
+            samples: the most rows of a step whose next tokens are wanted.
+        """
+        self.ops.prepare(chain.from_iterable(layer.products for layer in self.layers), tokens)
+        self.ops.prepare([(self.output, False)], samples, logits=True)
 
     def __call__(self, batch: Batch, caches: Sequence[Cache]) -> torch.Tensor:
         """Runs one step.

@@ -133,3 +133,15 @@ class Layer:
     attention: Attention
     mlp_norm: Norm
     mlp: MLP | SparseMLP
+
+    @property
+    def products(self) -> list[tuple[Weight, bool]]:
+        """The weights that `linear` multiplies with, and whether each has a bias."""
+        attention = self.attention
+        found = [
+            (attention.qkv, attention.qkv_bias is not None),
+            (attention.out, attention.out_bias is not None),
+        ]
+        if isinstance(self.mlp, MLP):
+            found += [(self.mlp.gate_up, False), (self.mlp.down, False)]
+        return found

@@ -93,8 +93,9 @@ def _cached_snapshot(repo: str, path: Path) -> Path:
         raise ModelNotFoundError(
             f"no model {repo!r}",
             expected=f"a folder or .gguf file {path}, or a repository in {constants.HF_HUB_CACHE}",
-            # What it says of a name that is not in the cache is how to call it, not us.
-            got=None if isinstance(error, LocalEntryNotFoundError) else error,
+            # What it says of a name that is not in the cache is how to call it, not us. Of one that is there
+            # in part, which is a subclass, it says what is missing.
+            got=None if type(error) is LocalEntryNotFoundError else error,
             fix=f"check the path, or fetch it once with: hf download {repo}",
         ) from error
     return Path(found)

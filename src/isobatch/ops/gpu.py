@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from isobatch.kernels import plan as plans
 from isobatch.kernels.attention.gpu_record import attention_for
 from isobatch.kernels.attention.gpu_serve import Attention, Tiling
 from isobatch.kernels.gpu.catalogue import GPU_RECORDS
@@ -15,13 +17,16 @@ from isobatch.kernels.gpu.data import SHORT
 from isobatch.kernels.gpu.device import architecture, device
 from isobatch.kernels.gpu.layout import gpu_layout
 from isobatch.kernels.gpu.random_weights import random_weights
+from isobatch.kernels.layout import Weight
 from isobatch.kernels.linear.gpu import Linear
+from isobatch.kernels.linear.members import Shape
 from isobatch.kernels.qkv.triton import qk_norm_rotary_write
 from isobatch.kernels.sampling.triton import sample
 from isobatch.ops.cuda import CudaOps, require_dtype
 from isobatch.ops.fingerprint import computed_digests, numerics_class_of
 from isobatch.ops.gpu_stock import StockGpuOps
 
+_LOG = logging.getLogger("isobatch.ops")
 __all__ = ["GpuOps", "StockGpuOps", "device", "gpu_numerics_class", "random_weights"]
 
 
@@ -46,6 +51,13 @@ class GpuOps(CudaOps):
         table = _table(attention_for(*heads, dtype), self.products)
         super().__init__("isobatch", table, gpu_layout(dtype), dtype)
         self.tiling = Tiling(*heads)
+
+    def prepare(self, weights: Iterable[tuple[Weight, bool]], rows: int, *, logits: bool = False) -> None:
+        """Certifies the library's products, and logs which are none of the class's members here."""
+        out = torch.float32 if logits else self.dtype
+        shapes = {Shape(w.outputs, w.inputs, self.dtype, out, biased) for w, biased in weights}
+        for refused in self.products.prepare(sorted(shapes, key=str), plans.buckets(rows)):
+            _LOG.warning("linear: not certified here, and dropped for the next in the plan: %s", refused)
 
 
 def _table(attention: Attention, linear: Linear) -> dict[str, Callable[..., Any]]:

@@ -5,7 +5,7 @@ next ones are launched, and their first loads come back. Programmatic dependent 
 a kernel take its places as soon as all programs of the one before have said `next_may_begin`. What it does
 before `inputs_ready` may touch only what no kernel of a step writes, such as weights, and a step's tables.
 
-Every kernel that is launched with `early()` calls `inputs_ready` before all else that reads or writes, and
+Every kernel that is launched with `early()` calls `inputs_ready` before it reads or writes anything else, and
 before it lets the next one begin. Its end so says that all kernels before it have ended, too: memory may be
 given back and used again in the order of launches, as ever. No sum is touched, and no bit.
 
@@ -93,10 +93,10 @@ def ask_ahead(at):
 
 @triton.jit
 def ask_for(at, size):
-    """Asks the second-level cache for int32 `size` bytes from each of these addresses on, in whole sixteens.
+    """As `ask_ahead`, for int32 `size` bytes from each of these addresses on; both are in whole sixteens.
 
-    Before `inputs_ready` as well. Whoever writes there meanwhile does so through that cache, so that nothing
-    gets stale by it. The machine asks for one address after the other, once where a warp's threads share it.
+    The machine asks for one of a warp's addresses after the other, and once for one that its threads share.
+    So threads side by side had better share one.
     """
     if not _PLAIN:
         tl.inline_asm_elementwise(

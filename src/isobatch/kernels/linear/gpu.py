@@ -31,6 +31,9 @@ from isobatch.kernels.linear.triton_float32 import linear_float32
 from isobatch.kernels.registry import Member
 from isobatch.kernels.stock import STOCK, DenseWeight
 
+_BEYOND = plans.BUCKETS[-1] + 1
+"""Stands for all row counts beyond the buckets."""
+
 
 class Certificates:
     """Which members of a library have been certified on this machine, kept between runs.
@@ -142,22 +145,32 @@ class Linear:
         if x.dtype == out_dtype == torch.float32:
             return linear_float32(x, weight, bias)
         shape = Shape(weight.outputs, weight.inputs, x.dtype, out_dtype, bias is not None)
-        chosen = self._chosen.get((shape, plans.bucket(len(x))))
-        launch = chosen or self._launcher(shape, plans.bucket(len(x)))
+        rows = plans.bucket(len(x)) if len(x) <= plans.BUCKETS[-1] else _BEYOND
+        launch = self._chosen.get((shape, rows)) or self._launcher(shape, rows)
         return launch(x, weight, bias, out_dtype)
 
-    def prepare(self, shapes: Iterable[Shape], buckets: Sequence[int] = plans.BUCKETS) -> None:
+    def prepare(self, shapes: Iterable[Shape], buckets: Sequence[int] = plans.BUCKETS) -> list[str]:
         """Chooses, and certifies where need be, for all row counts: once at start, before any capture.
 
         Args:
             shapes: that the model has.
             buckets: row counts that will come.
+
+        Returns:
+            What the plan wanted and is not certified here. A bucket that memory does not suffice to certify
+            is left until it serves.
         """
+        known = len(self.refused)
         for shape in shapes:
-            for rows in buckets:
-                self._launcher(shape, rows)
-            forget()
+            try:
+                for rows in buckets:
+                    self._launcher(shape, rows)
+            except torch.OutOfMemoryError:
+                pass
+            finally:
+                forget()
         self.certificates.keep()
+        return self.refused[known:]
 
     def choose(self, shape: Shape, rows: int, name: str) -> None:
         """Has a member serve a bucket from here on, whatever the plan says.
@@ -178,9 +191,13 @@ class Linear:
         self._chosen[shape, rows] = launch
 
     def name(self, shape: Shape, rows: int) -> str:
-        """The member that serves a bucket."""
+        """The member that serves a bucket; beyond the last a tile of ours: no other is certified there."""
         for name in self.plan.names("linear", shape.key, rows):
-            if not name.startswith("lt") or self.certificates.verdict(shape, name, rows):
+            if not name.startswith("lt"):
+                return name
+            if rows == _BEYOND:
+                continue
+            if self.certificates.verdict(shape, name, rows):
                 return name
             self.refused.append(f"{name} at {shape.key}, up to {rows} rows")
         return members.default(rows)
