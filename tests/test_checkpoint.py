@@ -266,6 +266,11 @@ def test_nothing_anywhere_says_where_it_looked(name: str) -> None:
         locate(name)
 
 
+def test_a_known_configuration_is_no_checkpoint_and_says_so() -> None:
+    with pytest.raises(ModelNotFoundError, match=r"no model 'qwen3-8b'.*load=\"random\""):
+        locate("qwen3-8b")
+
+
 def test_a_repository_that_is_not_in_the_cache_says_how_to_fetch_it() -> None:
     with pytest.raises(ModelNotFoundError, match=r"a folder or \.gguf file /.*hf download nobody/no-model"):
         locate("nobody/no-model")

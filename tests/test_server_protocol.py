@@ -287,15 +287,17 @@ REFUSED: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (CHAT_PATH, {"max_completion_tokens": 5}, 400, "max_completion_tokens", "different things"),
     (CHAT_PATH, {"stream_options": {"include_usage": True}}, 400, "stream_options", "without stream"),
     (CHAT_PATH, {"isobatch": {"recipe": True}}, 400, "isobatch", "isobatch.recipe"),
+    (CHAT_PATH, {"isobatch": {"reciept": True}}, 400, "isobatch", "did you mean 'isobatch.receipt'?"),
     (CHAT_PATH, {"messages": []}, 400, "messages", "at least 1"),
     (CHAT_PATH, {"messages": [{"role": "tool", "content": "x"}]}, 400, "messages", "'user'"),
-    (CHAT_PATH, {"messages": [{"role": "user"}]}, 400, "messages", "missing"),
+    (CHAT_PATH, {"messages": [{"role": "user"}]}, 400, "messages", "'messages[0].content' is missing"),
+    (CHAT_PATH, {"messages": [{"role": "user", "content": 3}]}, 400, "messages", "messages[0].content'"),
     (CHAT_PATH, {"messages": [{"role": "system", "content": "x"}]}, 400, "prompt", "no system"),
     (CHAT_PATH, {"messages": [{"role": "user", "content": "x", "name": "y"}]}, 400, "messages", "name"),
     (CHAT_PATH, {"model": "gpt-4o"}, 404, "model", "'gpt-4o'"),
     (CHAT_PATH, {"model": None}, 400, "model", "string"),
     (CHAT_PATH, {"n": 0}, 400, "n", "from 1"),
-    (CHAT_PATH, {"n": "2"}, 400, "n", "integer"),
+    (CHAT_PATH, {"n": "2"}, 400, "n", "integer; got '2'"),
     (CHAT_PATH, {"n": True}, 400, "n", "integer"),
     (CHAT_PATH, {"temperature": -1}, 400, "temperature", "or a number"),
     (CHAT_PATH, {"temperature": "hot"}, 400, "temperature", "number"),
@@ -342,6 +344,9 @@ def test_prompt_that_does_not_fit_has_openais_code(client: openai.OpenAI) -> Non
     with pytest.raises(openai.BadRequestError) as info:
         client.completions.create(**sent(TEXT, prompt=[7] * 256))
     assert info.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError) as info:
+        client.completions.create(**sent(TEXT, prompt=""))
+    assert info.value.code is None
 
 
 JSON_TYPE = {"content-type": "application/json"}
@@ -373,6 +378,11 @@ def test_what_is_no_json_object_is_a_400(server: Running, content: bytes, header
     response = httpx.post(f"{server.url}{CHAT_PATH}", content=content, headers=headers)
     assert response.status_code == 400
     error_of(response)
+
+
+def test_body_that_is_no_json_says_where_it_stops_being(server: Running) -> None:
+    response = httpx.post(f"{server.url}{CHAT_PATH}", content=b'{"model": "tiny",}', headers=JSON_TYPE)
+    assert "at character 17" in error_of(response)["message"]
 
 
 @pytest.mark.parametrize(

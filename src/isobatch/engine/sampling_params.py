@@ -27,7 +27,7 @@ _FLOATS: dict[str, tuple[float, float, bool, str]] = {
 _INTS: dict[str, tuple[int, int | None, bool, str]] = {
     "top_k": (0, 2**31 - 1, False, "pass 0 to switch it off"),
     "seed": (0, 2**64 - 1, True, "pass None to have one drawn and reported"),
-    "n": (1, 1024, False, "send more requests for more completions"),
+    "n": (1, 1024, False, "ask for at least one; for more than 1024, send more requests"),
     "max_tokens": (1, None, False, "ask for at least one token"),
     "logprobs": (0, _MAX_LOGPROBS, True, "pass None to leave them out"),
     "prompt_logprobs": (0, _MAX_LOGPROBS, True, "pass None to leave them out"),
@@ -175,7 +175,7 @@ def _check_int(name: str, value: object) -> None:
 def _checked_stop(value: object) -> tuple[str, ...]:
     strings = (value,) if isinstance(value, str) else value
     if not isinstance(strings, list | tuple) or not all(isinstance(text, str) and text for text in strings):
-        fix = "leave out what is not a string"
+        fix = "leave out what is empty, or not a string"
         raise _invalid("stop", "a string, or a list of them, none empty", value, fix)
     for text in strings:
         try:

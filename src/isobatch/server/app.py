@@ -20,7 +20,7 @@ from isobatch._version import __version__
 from isobatch.engine.llm import LLM
 from isobatch.errors import IsobatchError
 from isobatch.server import playground, routes
-from isobatch.server.errors import ApiError, api_error, from_validation
+from isobatch.server.errors import ApiError, api_error, fields_of, from_validation
 from isobatch.server.gate import Gate
 from isobatch.server.metrics import Metrics
 from isobatch.server.models import Served, ServerSettings
@@ -114,7 +114,7 @@ async def _on_own(_request: Request, error: Exception) -> Response:
 async def _on_validation(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     model = _BODIES.get(request.url.path)
-    return from_validation(error.errors(), list(model.model_fields) if model else []).response()
+    return from_validation(error.errors(), fields_of(model) if model else []).response()
 
 
 async def _on_http(_request: Request, error: Exception) -> Response:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
+from pydantic import BaseModel
 from starlette.responses import Response
 
 from isobatch.errors import (
@@ -97,7 +99,7 @@ def api_error(error: BaseException) -> ApiError:
                 param = named[1]
             if isinstance(error, PromptError | CapacityError):
                 param = "prompt"
-            if isinstance(error, PromptError) and "one less than the context" in str(error):
+            if isinstance(error, PromptError) and "shorten the prompt" in str(error):
                 code = "context_length_exceeded"
             return ApiError(status, word, str(error), param, code)
     return ApiError(500, "server_error", "the server failed; its log says how", code="internal_error")
@@ -113,7 +115,8 @@ def from_validation(errors: Sequence[Mapping[str, Any]], known: Sequence[str]) -
     first = errors[0]
     place = [part for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
-        return bad_request("the body is not valid JSON", code="invalid_json")
+        where = f"{first['ctx']['error']} at character {place[0]}"
+        return bad_request(f"the body is not valid JSON: {where}", code="invalid_json")
     if first["type"] == "contradiction":
         return bad_request(first["msg"], first["ctx"]["field"], "contradiction")
     if not place:
@@ -122,10 +125,27 @@ def from_validation(errors: Sequence[Mapping[str, Any]], known: Sequence[str]) -
     if first["type"] == "extra_forbidden":
         return bad_request(_unknown(".".join(map(str, place)), known), param, "unknown_parameter")
     if first["type"] == "missing":
-        return bad_request(f"{param!r} is missing", param, "missing_required_parameter")
+        return bad_request(f"{_path(place)!r} is missing", param, "missing_required_parameter")
     # A field that may be one of several kinds has an error for each of them.
     said = dict.fromkeys(error["msg"] for error in errors if param in error["loc"][:2])
-    return bad_request(f"bad or unsupported value for {param!r}: {'; '.join(said)}", param, "invalid_value")
+    message = f"bad or unsupported value for {_path(place)!r}: {'; '.join(said)}"
+    return bad_request(f"{message}; got {reprlib.repr(first.get('input'))}", param, "invalid_value")
+
+
+def fields_of(model: type[BaseModel]) -> list[str]:
+    """The fields of a body, those of objects in it as "object.field"."""
+    found = []
+    for name, field in model.model_fields.items():
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        inner = [kind for kind in kinds if issubclass(kind, BaseModel)]
+        found += [name, *(f"{name}.{field}" for kind in inner for field in kind.model_fields)]
+    return found
+
+
+def _path(place: Sequence[str | int]) -> str:
+    """As one would write it, without the kinds that pydantic tries: messages[0].content."""
+    parts = [part for part in place if isinstance(part, int) or (part.isidentifier() and part != "str")]
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
 
 
 def _unknown(field: str, known: Sequence[str]) -> str:
