@@ -119,12 +119,16 @@ def test_preparing_certifies_once_says_what_is_refused_and_keeps_it(
         return "other bits" if rows == 2 else None
 
     monkeypatch.setattr(serving, "refusal", refusal)
-    assert planned(tmp_path, LIBRARY, OWN).prepare([SMALL], [1, 2, 4, 8]) == [
-        f"{LIBRARY} at {SMALL.key}, up to 2 rows"
+    linear = planned(tmp_path, LIBRARY, OWN)
+    assert linear.prepare([SMALL], [1, 2, 4, 8]) == [
+        f"{LIBRARY} at {SMALL.key}, up to 2 rows",
+        f"{LIBRARY} at {SMALL.key}, up to 4 rows, which there is no memory to certify",
     ]
-    assert asked == [1, 2, 4]
-    planned(tmp_path, LIBRARY, OWN).prepare([SMALL], [1, 2])
-    assert asked == [1, 2, 4]
+    drawn = case(SMALL, "wide", 4)
+    got = linear(drawn.per_row["x"], drawn.shared["weight"])
+    assert bits_equal(got, linear_plain(drawn.per_row["x"], drawn.shared["weight"]))
+    planned(tmp_path, LIBRARY, OWN).prepare([SMALL], [1, 2, 8])
+    assert asked == [1, 2, 4, 8]
 
 
 @pytest.mark.usefixtures("_no_machine")

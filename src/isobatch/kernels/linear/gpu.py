@@ -157,18 +157,13 @@ class Linear:
             buckets: row counts that will come.
 
         Returns:
-            What the plan wanted and is not certified here. A bucket that memory does not suffice to certify
-            is left until it serves.
+            What the plan wanted and is not certified here.
         """
         known = len(self.refused)
         for shape in shapes:
-            try:
-                for rows in buckets:
-                    self._launcher(shape, rows)
-            except torch.OutOfMemoryError:
-                pass
-            finally:
-                forget()
+            for rows in buckets:
+                self._launcher(shape, rows)
+            forget()
         self.certificates.keep()
         return self.refused[known:]
 
@@ -197,9 +192,13 @@ class Linear:
                 return name
             if rows == _BEYOND:
                 continue
-            if self.certificates.verdict(shape, name, rows):
-                return name
-            self.refused.append(f"{name} at {shape.key}, up to {rows} rows")
+            where = f"{name} at {shape.key}, up to {rows} rows"
+            try:
+                if self.certificates.verdict(shape, name, rows):
+                    return name
+            except torch.OutOfMemoryError:
+                where += ", which there is no memory to certify"
+            self.refused.append(where)
         return members.default(rows)
 
     def _launcher(self, shape: Shape, rows: int) -> Launcher:
