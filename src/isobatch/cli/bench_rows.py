@@ -31,26 +31,27 @@ def row_points(limits: dict[str, float], progress: Callable[[str], None]) -> Ite
     half = d.head_size // 2
     weight = torch.ones(d.hidden, dtype=dtype, device=device())
     angles = torch.ones(_ROWS[-1], half, dtype=torch.float32, device=device())
+    size, row_angles = dtype.itemsize, 2 * half * angles.itemsize + torch.int64.itemsize
     for rows in _ROWS:
         positions = torch.arange(rows, device=device())
-        # Numbers read and written per row, and what does it to one copy of them.
+        # Bytes read and written per row, and what does it to one copy of them.
         kernels: dict[str, tuple[int, tuple[int, ...], Callable[[torch.Tensor], object]]] = {
-            "rms_norm": (2 * d.hidden, (d.hidden,), lambda x: rms_norm(x, weight, 1e-6)),
+            "rms_norm": (2 * size * d.hidden, (d.hidden,), lambda x: rms_norm(x, weight, 1e-6)),
             "rms_norm, residual": (
-                4 * d.hidden,
+                4 * size * d.hidden,
                 (2, d.hidden),
                 lambda x: rms_norm(x[:, 0], weight, 1e-6, x[:, 1]),
             ),
-            "silu_and_mul": (3 * d.inner, (2 * d.inner,), silu_and_mul),
+            "silu_and_mul": (3 * size * d.inner, (2 * d.inner,), silu_and_mul),
             "rotary": (
-                2 * d.heads * d.head_size,
+                2 * size * d.heads * d.head_size + row_angles,
                 (d.heads, d.head_size),
                 lambda x, at=positions: rotary(x, at, angles, angles),  # type: ignore[misc]
             ),
         }
-        for name, (numbers, shape, kernel) in kernels.items():
+        for name, (row_bytes, shape, kernel) in kernels.items():
             progress(f"{name}, {rows} rows")
-            moved = rows * numbers * dtype.itemsize
+            moved = rows * row_bytes
             copies = max(2, min(16, _COLD_BYTES // moved))
             inputs = [torch.ones(rows, *shape, dtype=dtype, device=device()) for _ in range(copies)]
             work: Work = lambda copy, f=kernel, x=inputs: f(x[copy])  # type: ignore[misc] # noqa: E731
