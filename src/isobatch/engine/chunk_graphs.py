@@ -16,7 +16,7 @@ import torch
 
 from isobatch.engine.batch import packed
 from isobatch.engine.block_tables import BlockTables
-from isobatch.engine.graph_inputs import NOWHERE, PLACES, TOKENS, Form, GraphInputs, Section, token_sections
+from isobatch.engine.graph_inputs import KNOWN, PLACES, TOKENS, Form, GraphInputs, Section, token_sections
 from isobatch.engine.graphs import Computed, Pending, Recording, recording
 from isobatch.engine.scheduled import ScheduledStep
 from isobatch.kernels.layout import Cache, TiledRows
@@ -92,7 +92,7 @@ class ChunkGraphs:
             _form(size),
             {
                 TOKENS: found.token_ids,
-                PLACES: [last.get(at, NOWHERE) for at in range(len(found.token_ids))],
+                PLACES: [last.get(at, KNOWN) for at in range(len(found.token_ids))],
                 "positions": found.positions,
                 "slots": found.slots,
                 "starts": found.starts,

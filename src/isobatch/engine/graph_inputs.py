@@ -42,8 +42,10 @@ Form = Mapping[str, Section]
 TOKENS = "tokens"
 PLACES = "places"
 """Of tokens that nobody has seen yet, the place among those that the step before has sampled."""
+KNOWN = -1
+"""The place of a token that is known."""
 NOWHERE = -1
-"""The slot of a padded row, and the place of a token that is known."""
+"""The slot of a padded row."""
 
 
 def token_sections(rows: int) -> dict[str, Section]:
@@ -51,7 +53,7 @@ def token_sections(rows: int) -> dict[str, Section]:
     whole = Section(torch.int64, rows)
     return {
         TOKENS: whole,
-        PLACES: Section(torch.int32, rows, fill=NOWHERE),
+        PLACES: Section(torch.int32, rows, fill=KNOWN),
         "positions": whole,
         "slots": Section(torch.int64, rows, fill=NOWHERE),
     }

@@ -25,7 +25,7 @@ import torch
 from isobatch.engine import sampler
 from isobatch.engine.batch import LogitRow
 from isobatch.engine.block_tables import BlockTables
-from isobatch.engine.graph_inputs import NOWHERE, PLACES, TOKENS, Form, GraphInputs, Section, token_sections
+from isobatch.engine.graph_inputs import KNOWN, PLACES, TOKENS, Form, GraphInputs, Section, token_sections
 from isobatch.engine.scheduled import Chunk, ScheduledStep
 from isobatch.kernels.layout import Cache
 from isobatch.kernels.sampling.cpu import SamplingRows
@@ -175,7 +175,7 @@ class DecodeGraphs:
         tokens = [max(0, chunk.token_ids[0]) for chunk in chunks]
         numbers: dict[str, Sequence[float]] = {
             TOKENS: [*tokens, *chain.from_iterable(chunk.drafts for chunk in chunks)],
-            PLACES: [pending.places.get(at, NOWHERE) for at in range(count)] if pending else [],
+            PLACES: [pending.places.get(at, KNOWN) for at in range(count)] if pending else [],
             "positions": [position for _, position in places],
             "slots": [table[position // page] * page + position % page for table, position in places],
             "lengths": [position + 1 for _, position in places],
