@@ -81,6 +81,12 @@ def touches_too_early(ptx: str) -> bool:
     )
 
 
+def _hasty(compiled: list[Any], where: str) -> Iterator[str]:
+    for kernel in compiled:
+        if kernel.metadata.launch_pdl and touches_too_early(kernel.asm["ptx"]):
+            yield f"{where}: {kernel.metadata.name} does not wait before it touches memory"
+
+
 def failures() -> Iterator[str]:
     """A sentence for each member that cannot be compiled, or could not be launched."""
     compiled = _compile_only()
@@ -92,10 +98,9 @@ def failures() -> Iterator[str]:
     compiled.clear()
     tokens = torch.zeros(3, dtype=torch.int64)
     fill_in(tokens, tokens.int(), tokens, tokens)
+    yield from _hasty(compiled, "a step's tokens")
     if not compiled[0].metadata.launch_pdl:
-        yield f"{compiled[0].metadata.name} is not launched early"
-    if touches_too_early(compiled[0].asm["ptx"]):
-        yield f"{compiled[0].metadata.name} does not wait before it touches memory"
+        yield "a step's tokens: not gathered by a kernel that is launched early"
     for record in GPU_RECORDS.values():
         # float16 makes the same programs with another type.
         variants = [variant for variant in record.variants if not variant.endswith("fp16")]
@@ -115,9 +120,7 @@ def failures() -> Iterator[str]:
                 print(f"{where}: {len(compiled)} kernels, at most {shared} bytes shared")
                 if shared > _SHARED_BYTES:
                     yield f"{where}: {shared} bytes of shared memory"
-                for kernel in compiled:
-                    if kernel.metadata.launch_pdl and touches_too_early(kernel.asm["ptx"]):
-                        yield f"{where}: {kernel.metadata.name} does not wait before it touches memory"
+                yield from _hasty(compiled, where)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Section:
 
 
 Form = Mapping[str, Section]
-"""The sections of a recording's inputs, by name, in order."""
+"""The sections of a recording's inputs, by name, in order. The first are TOKENS and PLACES."""
 TOKENS = "tokens"
 PLACES = "places"
 """Of tokens that nobody has seen yet, the place among those that the step before has sampled."""
@@ -49,7 +49,7 @@ NOWHERE = -1
 
 
 def token_sections(rows: int) -> dict[str, Section]:
-    """What every recording reads of its tokens, padded ones included; all forms have it."""
+    """What every recording reads of its tokens, padded ones included; a form begins with it."""
     whole = Section(torch.int64, rows)
     return {
         TOKENS: whole,
@@ -104,9 +104,8 @@ class GraphInputs:
 
     def fill_in(self, form: Form, sampled: torch.Tensor | None) -> None:
         """Queues the gathering of a step's tokens, with those that the step before has sampled, int64 [S]."""
-        at = self.views(form)
-        known = at[TOKENS]
-        self._ops.fill_in(known, at[PLACES], known if sampled is None else sampled, self.token_ids(form))
+        known, places = self.views({name: form[name] for name in (TOKENS, PLACES)}).values()
+        self._ops.fill_in(known, places, known if sampled is None else sampled, self.token_ids(form))
 
     @staticmethod
     def _cut(memory: torch.Tensor, form: Form) -> dict[str, torch.Tensor]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from isobatch.kernels.layout import Layout
+from isobatch.kernels.layout import Layout, Weight
 from isobatch.ops import check
 from isobatch.ops.memory import CPU_DEVICE, Memory
 
@@ -40,6 +40,15 @@ class Calls(Memory):
         self._check = check.Check(dtype, device.type)
         self._table = dict(table)
         self._observers: list[Observer] = []
+
+    def prepare(self, weights: Iterable[tuple[Weight, bool]], rows: int, *, logits: bool = False) -> None:
+        """Certifies now what would be certified when first used, where kernels are certified on each machine.
+
+        Args:
+            weights: of products to come, and whether each has a bias.
+            rows: no product will have more, to speak of.
+            logits: whether these products are `logits`.
+        """
 
     @contextmanager
     def observed(self, observer: Observer) -> Iterator[None]:

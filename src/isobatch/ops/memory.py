@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,15 +38,6 @@ class Memory:
         Stock kernels have it widened; ours keep it in its coding, which changes no bit.
         """
         return self._layout.weight.empty(outputs, inputs, coding)
-
-    def prepare(self, weights: Iterable[tuple[Weight, bool]], rows: int, *, logits: bool = False) -> None:
-        """Certifies now what would be certified when first used, where kernels are certified on each machine.
-
-        Args:
-            weights: of products to come, and whether each has a bias.
-            rows: no product will have more, to speak of.
-            logits: whether these products are `logits`.
-        """
 
     def stack(self, outputs: int, inputs: int, codings: Sequence[Coding]) -> Stack:
         """Empty matrices [outputs, inputs] of a layer's experts, one for each coding, likewise.

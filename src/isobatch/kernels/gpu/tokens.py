@@ -1,7 +1,7 @@
 """The tokens that a recorded step begins with: what the host knows, and what was sampled a moment ago.
 
 It is a copy, launched early (`kernels/gpu/overlap.py`), and the launch is worth more than the copy. After a
-handful of plain launches in a row the GPU begins every kernel a third of a microsecond later, those of graphs
+handful of plain launches in a row the GPU begins most kernels a third of a microsecond later, those of graphs
 too, until something is launched early again (ADR 22).
 """
 
