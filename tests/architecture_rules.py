@@ -89,6 +89,13 @@ NEIGHBOURS = {
     ("kernels/gpu/layout.py", "moe"),  # and the widths that experts may have
     ("kernels/moe/cpu.py", "linear"),  # an expert's products are linear's
     ("kernels/moe/cpu.py", "activation"),
+    ("kernels/linear/triton.py", "activation"),  # a tile of gates and ups joins them before it stores them
+    ("kernels/gated/gpu.py", "linear"),  # the first half of an MLP is a product
+    ("kernels/gated/gpu.py", "activation"),  # and what joins its halves
+    ("kernels/gated/gpu_record.py", "linear"),
+    ("kernels/gated/gpu_record.py", "activation"),
+    ("kernels/gated/stock.py", "linear"),
+    ("kernels/gated/stock.py", "activation"),
     ("kernels/qkv/gpu_record.py", "rms_norm"),  # the fused kernel is certified against the separate ones
     ("kernels/qkv/gpu_record.py", "rotary"),
     ("kernels/qkv/stock.py", "rms_norm"),  # torch's chain is torch's ops

@@ -21,7 +21,9 @@ _NEEDS_GPU = {"rerun_repeats", "graph_equals_eager"}
 RELATIONS = [name for name in GPU_RELATIONS if not (INTERPRETED and name in _NEEDS_GPU)]
 # The interpreter takes milliseconds for each call of a helper: there, the records that are sums of products,
 # which tests/test_gpu_pointwise.py leaves out; on the GPU, all.
-RECORDS = [record for record in GPU_RECORDS.values() if not INTERPRETED or record.name in ("linear", "moe")]
+RECORDS = [
+    record for record in GPU_RECORDS.values() if not INTERPRETED or record.name in ("linear", "gated", "moe")
+]
 CASES = [
     pytest.param(record, member, relation, id=f"{record.name}-{member.name}-{relation}")
     for record in RECORDS

@@ -71,12 +71,14 @@ class Layout:
         cache: for attention.
         stack: for experts.
         page: tokens in a block of the cache.
+        gate_up: for gates above ups, where that is another layout than `weight`.
     """
 
     weight: WeightType
     cache: CacheType
     stack: StackType
     page: int = PAGE
+    gate_up: WeightType | None = None
 
 
 StepKeys = tuple[torch.Tensor, torch.Tensor]

@@ -102,7 +102,7 @@ class MLP:
     """down(silu(gate x) * up x).
 
     Args:
-        gate_up: [2 I, hidden], gates above ups.
+        gate_up: [2 I, hidden], gates above ups, as `Ops.gate_up` lays them out.
         down: [hidden, I].
     """
 
@@ -111,7 +111,7 @@ class MLP:
 
     def __call__(self, ops: Ops, x: torch.Tensor) -> torch.Tensor:
         """x, [T, hidden], transformed."""
-        return ops.linear(ops.silu_and_mul(ops.linear(x, self.gate_up)), self.down)
+        return ops.linear(ops.gated(x, self.gate_up), self.down)
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,11 @@ def _coding(checkpoint: Checkpoint, *names: str) -> Coding:
 
 def _matrix(checkpoint: Checkpoint, ops: Ops, *names: str) -> Weight:
     """One weight from the rows of several tensors, one below the other."""
-    weight = ops.weight(*_size(checkpoint, names), _coding(checkpoint, *names))
+    return _filled(ops.weight, checkpoint, *names)
+
+
+def _filled(empty: Callable[[int, int, Coding], Weight], checkpoint: Checkpoint, *names: str) -> Weight:
+    weight = empty(*_size(checkpoint, names), _coding(checkpoint, *names))
     _fill(weight, checkpoint, names)
     return weight
 
@@ -163,7 +167,9 @@ def _layer(checkpoint: Checkpoint, ops: Ops, prefix: str, moe: MoeConfig | None)
         head_size=config.head_size,
     )
     if moe is None:
-        mlp: MLP | SparseMLP = MLP(matrix(*(f"mlp.{part}" for part in _GATE_UP)), matrix("mlp.down_proj"))
+        halves = (f"{prefix}mlp.{part}.weight" for part in _GATE_UP)
+        gate_up = _filled(ops.gate_up, checkpoint, *halves)
+        mlp: MLP | SparseMLP = MLP(gate_up, matrix("mlp.down_proj"))
     else:
         mlp = SparseMLP(_experts(checkpoint, ops, f"{prefix}mlp", moe))
     return Layer(norm("input_layernorm"), attention, norm("post_attention_layernorm"), mlp)

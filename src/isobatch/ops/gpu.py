@@ -12,6 +12,7 @@ import torch
 from isobatch.kernels import plan as plans
 from isobatch.kernels.attention.gpu_record import attention_for
 from isobatch.kernels.attention.gpu_serve import Attention, Tiling
+from isobatch.kernels.gated.gpu import Gated
 from isobatch.kernels.gpu.catalogue import GPU_RECORDS
 from isobatch.kernels.gpu.data import SHORT
 from isobatch.kernels.gpu.device import architecture, device
@@ -65,6 +66,7 @@ def _table(attention: Attention, linear: Linear) -> dict[str, Callable[..., Any]
     return {
         **table,
         "linear": linear,
+        "gated": Gated(linear),
         "logits": lambda x, weight: linear(x, weight, out_dtype=torch.float32),
         "qk_norm_rotary_write": qk_norm_rotary_write,
         "attention": attention,

@@ -38,7 +38,7 @@ class StockGpuOps(CudaOps):
 
 def _table() -> dict[str, Callable[..., Any]]:
     return {
-        **{name: record.stock.function for name, record in GPU_RECORDS.items()},
+        **{name: record.stock.function for name, record in GPU_RECORDS.items() if name != "gated"},
         "logits": logits,
         "rms_norm": compiled(rms_norm),
         "silu_and_mul": compiled(silu_and_mul),

@@ -39,6 +39,10 @@ class Memory:
         """
         return self._layout.weight.empty(outputs, inputs, coding)
 
+    def gate_up(self, outputs: int, inputs: int, coding: Coding) -> Weight:
+        """The same of an MLP's gates above its ups, for `gated`, which may want their rows elsewhere."""
+        return (self._layout.gate_up or self._layout.weight).empty(outputs, inputs, coding)
+
     def stack(self, outputs: int, inputs: int, codings: Sequence[Coding]) -> Stack:
         """Empty matrices [outputs, inputs] of a layer's experts, one for each coding, likewise.
 

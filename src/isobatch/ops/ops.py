@@ -156,6 +156,27 @@ class Ops(Calls):
             raise ShapeError("silu_and_mul: wrong width", expected="an even number", got=gate_up.shape[1])
         return cast(torch.Tensor, self._run("silu_and_mul", gate_up=gate_up))
 
+    def gated(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+        """The first half of an MLP: silu(x gates^T) * x ups^T.
+
+        Args:
+            x: float32 [T, K], any strides.
+            weight: [2 I, K], gates above ups, from `gate_up`.
+
+        Returns:
+            float32 [T, I], contiguous.
+
+        Raises:
+            ShapeError, UnsupportedOpError: an argument of the wrong shape, dtype or device.
+
+        Determinism:
+            As `linear` and then `silu_and_mul`, bit for bit; where no kernel has both, these two run.
+        """
+        if "gated" not in self._table:
+            return self.silu_and_mul(self.linear(x, weight))
+        self._check.floats("gated", "x", x, None, weight.inputs)
+        return cast(torch.Tensor, self._run("gated", x=x, weight=weight))
+
     def moe(self, x: torch.Tensor, experts: Experts[Weight, Stack]) -> torch.Tensor:
         """A mixture of experts: the router, each token's experts, and the sum of their results.
 

@@ -36,35 +36,45 @@ class Piece:
 
 
 @triton.jit
-def _silu_and_mul_kernel(gate_up, y, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def silu_times(gate, up):
+    """silu(gate) * up of float32 numbers, not yet rounded to a dtype."""
+    return gate / (1.0 + ex2(tl.minimum(gate * _MINUS_LOG2_E, _MOST))) * up
+
+
+@triton.jit
+def _silu_and_mul_kernel(
+    gate_up, y, stride, WIDTH: tl.constexpr, TURN: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     inputs_ready()
     next_may_begin()
     t = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = c < WIDTH
-    gate = tl.load(gate_up + t * stride + c, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + t * stride + WIDTH + c, mask=inside, other=0.0).to(tl.float32)
-    silu = gate / (1.0 + ex2(tl.minimum(gate * _MINUS_LOG2_E, _MOST)))
-    tl.store(y + t * WIDTH + c, (silu * up).to(y.dtype.element_ty), mask=inside)
+    gates = gate_up + t * stride + c // TURN * (2 * TURN) + c % TURN
+    gate = tl.load(gates, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gates + TURN, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + t * WIDTH + c, silu_times(gate, up).to(y.dtype.element_ty), mask=inside)
 
 
-def silu_and_mul_cut(gate_up: torch.Tensor, *, piece: Piece) -> torch.Tensor:
-    """`silu_and_mul` in given pieces."""
+def silu_and_mul_cut(gate_up: torch.Tensor, *, piece: Piece, turn: int | None = None) -> torch.Tensor:
+    """`silu_and_mul` in given pieces; where gates and ups take turns, of so many of each."""
     T, width = gate_up.shape[0], gate_up.shape[1] // 2
     rows = gate_up if gate_up.stride(1) == 1 else gate_up.contiguous()
     y = torch.empty((T, width), dtype=gate_up.dtype, device=gate_up.device)
     if T:
         _silu_and_mul_kernel[(T, triton.cdiv(width, piece.columns))](
-            rows, y, rows.stride(0), WIDTH=width, BLOCK=piece.columns, num_warps=piece.warps, **early()
-        )
+            rows, y, rows.stride(0), WIDTH=width, TURN=turn or width, BLOCK=piece.columns,
+            num_warps=piece.warps, **early(),
+        )  # fmt: skip
     return y
 
 
-def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+def silu_and_mul(gate_up: torch.Tensor, turn: int | None = None) -> torch.Tensor:
     """silu of the left half of each row, times the right half.
 
     Args:
         gate_up: bfloat16 or float16 [T, 2 I], rows at any stride.
+        turn: gates and ups take turns instead, so many of each.
 
     Returns:
         [T, I] of the same dtype.
@@ -72,4 +82,4 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     Determinism:
         Elementwise.
     """
-    return silu_and_mul_cut(gate_up, piece=Piece(1024, 4))
+    return silu_and_mul_cut(gate_up, piece=Piece(1024, 4), turn=turn)

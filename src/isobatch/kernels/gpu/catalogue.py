@@ -5,6 +5,7 @@ from __future__ import annotations
 from isobatch.kernels.activation.gpu_record import SILU_AND_MUL
 from isobatch.kernels.attention.gpu_record import ATTENTION_GPU
 from isobatch.kernels.embedding.gpu_record import EMBEDDING
+from isobatch.kernels.gated.gpu_record import GATED
 from isobatch.kernels.linear.gpu_record import LINEAR
 from isobatch.kernels.linear.gpu_record_float32 import LINEAR_FLOAT32
 from isobatch.kernels.log_probs.gpu_record import LOG_SOFTMAX, TOP_LOG_PROBS
@@ -26,6 +27,7 @@ GPU_RECORDS: dict[str, OpRecord] = {
         QK_NORM_ROTARY_WRITE,
         ATTENTION_GPU,
         SILU_AND_MUL,
+        GATED,
         MOE,
         LOG_SOFTMAX,
         TOP_LOG_PROBS,

@@ -11,7 +11,8 @@ from isobatch.errors import UnsupportedOpError
 from isobatch.kernels.attention.gpu_rows import GpuKVCache
 from isobatch.kernels.coding import Coding
 from isobatch.kernels.gpu.device import device
-from isobatch.kernels.layout import Layout
+from isobatch.kernels.gpu.paired import TURN, PairedWeight
+from isobatch.kernels.layout import Layout, Weight
 from isobatch.kernels.moe.triton import WIDTH_MULTIPLE
 from isobatch.kernels.stock import GPU_PAGE, DenseCache, DenseStack, DenseWeight
 
@@ -23,6 +24,16 @@ class _Weights:
     def empty(self, outputs: int, inputs: int, _coding: Coding) -> DenseWeight:
         """[N, K] on the device: the numbers of rows are rounded to the dtype, once."""
         return DenseWeight(torch.empty(outputs, inputs, dtype=self.dtype, device=device()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    dtype: torch.dtype
+
+    def empty(self, outputs: int, inputs: int, coding: Coding) -> Weight:
+        """Gates and ups in turns; above each other where their number has no turns."""
+        weight = _Weights(self.dtype).empty(outputs, inputs, coding)
+        return weight if outputs % (2 * TURN) else PairedWeight(weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +77,9 @@ class _StockCaches:
 
 def gpu_layout(dtype: torch.dtype) -> Layout:
     """Weights [N, K], experts' [E, N, K] and paged caches on the device, in bfloat16 or float16."""
-    return Layout(weight=_Weights(dtype), cache=_Caches(dtype), stack=_Stacks(dtype))
+    return Layout(_Weights(dtype), _Caches(dtype), _Stacks(dtype), gate_up=_Pairs(dtype))
 
 
 def stock_layout(dtype: torch.dtype) -> Layout:
-    """The same weights, and caches as torch's attention wants them."""
-    return replace(gpu_layout(dtype), cache=_StockCaches(dtype), page=GPU_PAGE)
+    """The same weights, gates above ups, and caches as torch's attention wants them."""
+    return replace(gpu_layout(dtype), cache=_StockCaches(dtype), page=GPU_PAGE, gate_up=None)

@@ -145,9 +145,16 @@ class Linear:
         if x.dtype == out_dtype == torch.float32:
             return linear_float32(x, weight, bias)
         shape = Shape(weight.outputs, weight.inputs, x.dtype, out_dtype, bias is not None)
-        rows = plans.bucket(len(x)) if len(x) <= plans.BUCKETS[-1] else _BEYOND
-        launch = self._chosen.get((shape, rows)) or self._launcher(shape, rows)
-        return launch(x, weight, bias, out_dtype)
+        return self.serving(shape, len(x))(x, weight, bias, out_dtype)
+
+    def serving(self, shape: Shape, rows: int) -> Launcher:
+        """What serves a product of so many rows, at least one.
+
+        Raises:
+            UnsupportedOpError: the shape's dtype is neither bfloat16 nor float16.
+        """
+        bucket = plans.bucket(rows) if rows <= plans.BUCKETS[-1] else _BEYOND
+        return self._chosen.get((shape, bucket)) or self._launcher(shape, bucket)
 
     def prepare(self, shapes: Iterable[Shape], buckets: Sequence[int] = plans.BUCKETS) -> list[str]:
         """Chooses, and certifies where need be, for all row counts: once at start, before any capture.

@@ -38,7 +38,7 @@ TILES = (
 _INTERPRETED_TILES = ("16x32x32.4.2w", "16x16x64.4.2wt", "32x32x32.4.2tp1")
 
 
-def _residue(tensor: torch.Tensor, sign: int) -> torch.Tensor:
+def residue(tensor: torch.Tensor, sign: int) -> torch.Tensor:
     """The second half of K repeats the first, descending, with this sign.
 
     Against a weight made with -1, each product meets its negative: the exact sum is zero, what is left is
@@ -54,14 +54,14 @@ def _residue(tensor: torch.Tensor, sign: int) -> torch.Tensor:
 def _weight(shape: Shape, kind: str) -> DenseWeight:
     distinct = min(shape.outputs, _DISTINCT_OUTPUTS)
     block = floats(f"linear/{kind}/weight", distinct, shape.inputs, kind="plain").to(device(), shape.dtype)
-    block = _residue(block, -1) if kind == "residue" else block
+    block = residue(block, -1) if kind == "residue" else block
     return DenseWeight(block.repeat(-(-shape.outputs // distinct), 1)[: shape.outputs].contiguous())
 
 
 @cache
 def _rows(inputs: int, dtype: torch.dtype, kind: str) -> torch.Tensor:
     block = floats(f"linear/{kind}/x", _DISTINCT_ROWS, inputs).to(device(), dtype)
-    return _residue(block, 1) if kind == "residue" else block
+    return residue(block, 1) if kind == "residue" else block
 
 
 def case(shape: Shape, kind: str, rows: int) -> RowCase:

@@ -7,7 +7,6 @@ algorithm that cuBLASLt ranks for 16 rows.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,8 +17,8 @@ from isobatch.kernels.gpu.device import INTERPRETED
 from isobatch.kernels.linear.cublaslt import Question, algorithms, linear_library
 from isobatch.kernels.linear.triton import Tile, linear_tile
 
-Launcher = Callable[..., torch.Tensor]
-"""(x, weight, bias, out_dtype) -> y."""
+Launcher = partial[torch.Tensor]
+"""(x, weight, bias, out_dtype) -> y, with a tile of ours or an algorithm of the library bound."""
 
 _TILE = re.compile(r"(\d+)x(\d+)x(\d+)\.(\d+)\.(\d+)(w?)(t?)(?:p(\d+))?")
 _LIBRARY = re.compile(r"lt(\d+)\.(\d+)")

@@ -1,7 +1,8 @@
-"""Linear on the GPU, bfloat16 and float16: y = x W^T (+ bias).
+"""Linear on the GPU, bfloat16 and float16: y = x W^T (+ bias), or silu(gate) * up of a pair of outputs.
 
 Written order: per output one float32 accumulator, from zero; k ascending in tensor-core steps of 16; then the
-bias, one rounded float32 addition; then one rounding to the dtype of the result. K is never split.
+bias, one rounded float32 addition; then one rounding to the dtype of the result. K is never split. Gates and
+ups are so rounded, and then joined as `silu_and_mul` joins them (kernels/activation/triton.py).
 
 What a tensor core does inside its step is the architecture's, and a function of the sixteen products and the
 accumulator alone. So tiles of any shape, both operand orders, `mma.sync` and `wgmma`, any pipeline, and a
@@ -20,14 +21,17 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from isobatch.kernels.activation.triton import silu_times
 from isobatch.kernels.gpu.device import multiprocessors
 from isobatch.kernels.gpu.overlap import ask_for, early, inputs_ready, next_may_begin, overlaps
+from isobatch.kernels.gpu.paired import TURN, PairedWeight
 from isobatch.kernels.stock import DenseWeight
 
 _TMA_ALIGNMENT = 16
 _STAGED = 128 * 128  # numbers of a tile that go out through shared memory at once
 _AHEAD_ROWS = 64  # tiles with more rows keep the tensor cores busy, not the memory
 _AHEAD_BYTES = 1 << 16  # of weights that a program asks for before its inputs are ready
+_TURN = tl.constexpr(TURN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,23 @@ def _weights_ahead(w, n, N, w_stride, OUTPUTS: tl.constexpr, SHARE: tl.constexpr
 
 
 @triton.jit
+def _joined(acc, dtype: tl.constexpr, WEIGHT_LEFT: tl.constexpr):
+    """silu(gate) * up of a tile's outputs, of which gates and ups take turns: half as many. Both are one
+    thread's, so nothing moves."""
+    rounded = acc.to(dtype).to(tl.float32)
+    if WEIGHT_LEFT:
+        half: tl.constexpr = acc.shape[0] // 2
+        turns = rounded.reshape(half // _TURN, 2, _TURN, acc.shape[1]).permute(0, 2, 3, 1)
+        gate, up = turns.split()
+        joined = silu_times(gate, up).reshape(half, acc.shape[1])
+    else:
+        wide: tl.constexpr = acc.shape[1] // 2
+        gate, up = rounded.reshape(acc.shape[0], wide // _TURN, 2, _TURN).permute(0, 1, 3, 2).split()
+        joined = silu_times(gate, up).reshape(acc.shape[0], wide)
+    return joined
+
+
+@triton.jit
 def _store(y, bias, acc, m, n, M, N, y_stride, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,
            WEIGHT_LEFT: tl.constexpr, BIASED: tl.constexpr):  # fmt: skip
     rows, outputs = m + tl.arange(0, ROWS), n + tl.arange(0, OUTPUTS)
@@ -108,7 +129,7 @@ def _store(y, bias, acc, m, n, M, N, y_stride, ROWS: tl.constexpr, OUTPUTS: tl.c
 def _linear_pointer_kernel(
     x, w, bias, y, M, N, K, x_stride, w_stride, y_stride,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-    WEIGHT_LEFT: tl.constexpr, BIASED: tl.constexpr, WHOLE: tl.constexpr,
+    WEIGHT_LEFT: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr, WHOLE: tl.constexpr,
     SHARE: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     """One tile by ordinary copies: any strides, any N and K."""
@@ -135,7 +156,11 @@ def _linear_pointer_kernel(
             ws = tl.load(w_rows[:, None] + at[None, :], mask=(at < K)[None, :], other=0.0)
         acc = tl.dot(ws, xs.T, acc) if WEIGHT_LEFT else tl.dot(xs, ws.T, acc)
     next_may_begin()
-    _store(y, bias, acc, m, n, M, N, y_stride, ROWS, OUTPUTS, WEIGHT_LEFT, BIASED)
+    if GATED:
+        pairs = _joined(acc, y.dtype.element_ty, WEIGHT_LEFT)
+        _store(y, bias, pairs, m, n // 2, M, N // 2, y_stride, ROWS, OUTPUTS // 2, WEIGHT_LEFT, BIASED)
+    else:
+        _store(y, bias, acc, m, n, M, N, y_stride, ROWS, OUTPUTS, WEIGHT_LEFT, BIASED)
 
 
 @triton.jit
@@ -157,8 +182,8 @@ def _store_tiles(y, bias, acc, m, n, N, OUTPUTS: tl.constexpr, PARTS: tl.constex
 def _linear_tma_kernel(
     x, w, weights, bias, y, M, N, K, w_stride,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-    WEIGHT_LEFT: tl.constexpr, BIASED: tl.constexpr, PARTS: tl.constexpr, ONCE: tl.constexpr,
-    SHARE: tl.constexpr, BYTES: tl.constexpr,
+    WEIGHT_LEFT: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr, PARTS: tl.constexpr,
+    ONCE: tl.constexpr, SHARE: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     """Tiles by the bulk copy engine, which fills with zeros beyond the edges and stores nothing there.
 
@@ -177,7 +202,12 @@ def _linear_tma_kernel(
             acc = tl.dot(b, a.T, acc) if WEIGHT_LEFT else tl.dot(a, b.T, acc)
         if ONCE:
             next_may_begin()
-        _store_tiles(y, bias, acc.T if WEIGHT_LEFT else acc, m, n, N, OUTPUTS, PARTS, BIASED)
+        if GATED:
+            pairs = _joined(acc, y.dtype, WEIGHT_LEFT)
+            pairs = pairs.T if WEIGHT_LEFT else pairs
+            _store_tiles(y, bias, pairs, m, n // 2, N // 2, OUTPUTS // 2, PARTS, BIASED)
+        else:
+            _store_tiles(y, bias, acc.T if WEIGHT_LEFT else acc, m, n, N, OUTPUTS, PARTS, BIASED)
 
 
 def bulk_copyable(tensor: torch.Tensor) -> bool:
@@ -216,10 +246,30 @@ def linear_tile(
     Returns:
         [M, N], contiguous.
     """
-    w = weight.dense
+    y = torch.empty(len(x), weight.outputs, dtype=out_dtype or x.dtype, device=x.device)
+    return _launched(x, weight.dense, bias, y, tile, gated=False)
+
+
+def gated_tile(x: torch.Tensor, weight: PairedWeight, *, tile: Tile) -> torch.Tensor:
+    """silu(x gates^T) * x ups^T by one tile shape, in one kernel.
+
+    Args:
+        x: bfloat16 or float16 [M, K], rows at any stride.
+        weight: the same dtype, [2 I, K].
+        tile: how, as for `linear_tile`; it covers gates and ups, and stores half as many outputs.
+
+    Returns:
+        [M, I], contiguous.
+    """
+    y = torch.empty(len(x), weight.outputs // 2, dtype=x.dtype, device=x.device)
+    return _launched(x, weight.turns.dense, None, y, tile, gated=True)
+
+
+def _launched(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, tile: Tile, gated: bool
+) -> torch.Tensor:
     x = x if x.stride(1) == 1 else x.contiguous()
     (M, K), N = x.shape, w.shape[0]
-    y = torch.empty(M, N, dtype=out_dtype or x.dtype, device=x.device)
     tiles = triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.outputs)
     programs = min(tiles, tile.resident * multiprocessors()) if tile.resident else tiles
     shape = {
@@ -229,6 +279,7 @@ def linear_tile(
         "GROUP": 8,
         "WEIGHT_LEFT": tile.weight_left,
         "BIASED": bias is not None,
+        "GATED": gated,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         **early(),
@@ -237,8 +288,9 @@ def linear_tile(
     if tile.tma and bulk_copyable(x) and bulk_copyable(w) and bulk_copyable(y):
         x_tiles = TensorDescriptor.from_tensor(x, [tile.rows, tile.depth])
         w_tiles = TensorDescriptor.from_tensor(w, [tile.outputs, tile.depth])
-        parts = max(1, tile.rows * tile.outputs // _STAGED)
-        y_tiles = TensorDescriptor.from_tensor(y, [tile.rows, tile.outputs // parts])
+        outputs = tile.outputs // 2 if gated else tile.outputs
+        parts = max(1, tile.rows * outputs // _STAGED)
+        y_tiles = TensorDescriptor.from_tensor(y, [tile.rows, outputs // parts])
         _linear_tma_kernel[(programs,)](
             x_tiles, w_tiles, w, bias, y_tiles, M, N, K, w.stride(0), **shape, PARTS=parts,
             ONCE=not tile.resident,
