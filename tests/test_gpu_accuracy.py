@@ -48,6 +48,8 @@ def ordinary(op: str, dtype: torch.dtype) -> list[Case]:
         drawn = linear_case(shape, "wide", ROWS)
         # Torch's linear has no say in the dtype of its result.
         return [RowCase(drawn.per_row, {key: drawn.shared[key] for key in ("weight", "bias")})]
+    if op == "gated":  # neither half's sums cancel
+        return [GPU_RECORDS[op].draw("accuracy", ROWS, f"ordinary/{SHORT[dtype]}")]
     if op == "moe":
         return [experts_case("accuracy", ROWS, "plain", dtype)]
     record = GPU_RECORDS[op]

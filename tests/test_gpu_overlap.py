@@ -17,8 +17,9 @@ from isobatch.kernels.activation.triton import silu_and_mul
 from isobatch.kernels.data import floats
 from isobatch.kernels.gpu.device import device
 from isobatch.kernels.gpu.overlap import acquired, early, inputs_ready, looked_up, next_may_begin, overlaps
+from isobatch.kernels.gpu.paired import PairedWeight
 from isobatch.kernels.linear.members import tile_named
-from isobatch.kernels.linear.triton import linear_tile
+from isobatch.kernels.linear.triton import gated_tile, linear_tile
 from isobatch.kernels.rms_norm.triton import rms_norm
 from isobatch.kernels.stock import DenseWeight
 
@@ -110,8 +111,11 @@ def _steps(rows: int) -> list[Step]:
     scale = torch.ones(_WIDTH, dtype=torch.bfloat16, device=device())
     return [
         lambda x: rms_norm(x, scale, 1e-6)[0],
-        lambda x: linear_tile(x, wide, tile=tile),
+        lambda x: linear_tile(x, wide, tile=tile, small_next=True),
         silu_and_mul,
+        lambda x: linear_tile(x, narrow, tile=tile, small_next=True),
+        lambda x: rms_norm(x, scale, 1e-6)[0],
+        lambda x: gated_tile(x, PairedWeight(wide), tile=tile),
         lambda x: linear_tile(x, narrow, tile=tile),
     ]
 

@@ -50,8 +50,8 @@ def gated_in_two(x: torch.Tensor, weight: PairedWeight) -> torch.Tensor:
 
 
 def draw(name: str, rows: int, variant: str) -> RowCase:
-    """x [rows, K] against gates and ups, of which one kind's exact results are zero: what is left of it is
-    rounding errors, which the other kind carries through."""
+    """x [rows, K] against gates and ups, of which the half that the variant names has exact results of zero:
+    what is left of it is rounding errors, which the other half carries through."""
     kind, dtype = split_variant(variant)
     x = residue(floats(f"{name}/x", rows, _INPUTS), 1)
     halves = [floats(f"gated/{half}", _INNER, _INPUTS, kind="plain") / 64 for half in ("gates", "ups")]

@@ -53,9 +53,9 @@ def inputs_ready():
 def next_may_begin():
     """Lets the next kernel take its places, once every program has come here or has ended.
 
-    Small kernels, and the scores of decode, say so at once. Others that fill the GPU say so when their loads
-    are done: a successor placed any sooner gets the places that happen to be free, and is spread unevenly for
-    all its time.
+    Small kernels, the scores of decode, and products of few rows before a small kernel say so at once. Others
+    that fill the GPU say so when their loads are done: a successor that fills it, too, gets the places that
+    happen to be free if it comes any sooner, and is spread unevenly for all its time.
     """
     if not _PLAIN and tl.target_info.cuda_capability_geq(9, 0):
         gdc_launch_dependents()

@@ -115,12 +115,19 @@ class Linear:
     Args:
         plan: the tables; by default those that ship, and over them those made on this machine.
         certificates: what is known about this machine.
+        small_next: whether small kernels follow its products, as in a model; see `linear_tile`.
     """
 
-    def __init__(self, plan: plans.Plan | None = None, certificates: Certificates | None = None) -> None:
+    def __init__(
+        self,
+        plan: plans.Plan | None = None,
+        certificates: Certificates | None = None,
+        small_next: bool = False,
+    ) -> None:
         self.plan = plan or plans.current(architecture())
         self.certificates = certificates or Certificates()
         self.refused: list[str] = []
+        self._small_next = small_next
         self._chosen: dict[tuple[Shape, int], Launcher] = {}
 
     def __call__(
@@ -185,7 +192,7 @@ class Linear:
         Raises:
             ConfigError: nothing is written so, or the library has no such algorithm here.
         """
-        launch = members.launcher(name, shape)
+        launch = members.launcher(name, shape, self._small_next)
         if launch is None:
             raise ConfigError(
                 f"no such member of linear at {shape.key}", expected="one that is there", got=name
@@ -218,11 +225,11 @@ class Linear:
             )
         if capturing() and (shape, rows) not in self._chosen:
             # Certification waits for results, which a capture forbids. Our own tile needs none.
-            return _own(rows)
-        launch = members.launcher(self.name(shape, rows), shape) or _own(rows)
+            return self._own(rows)
+        launch = members.launcher(self.name(shape, rows), shape, self._small_next) or self._own(rows)
         self._chosen[shape, rows] = launch
         return launch
 
-
-def _own(rows: int) -> Launcher:
-    return partial(linear_tile, tile=members.tile_named(members.default(rows)))
+    def _own(self, rows: int) -> Launcher:
+        tile = members.tile_named(members.default(rows))
+        return partial(linear_tile, tile=tile, small_next=self._small_next)

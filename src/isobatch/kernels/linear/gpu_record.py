@@ -144,6 +144,10 @@ LINEAR = OpRecord(
             Member(name, partial(linear_tile, tile=tile_named(name)), STOCK)
             for name in (_INTERPRETED_TILES if INTERPRETED else TILES)
         ),
+        *(
+            Member(f"{name}, small next", partial(linear_tile, tile=tile_named(name), small_next=True), STOCK)
+            for name in (_INTERPRETED_TILES[:2] if INTERPRETED else (TILES[1], TILES[4]))
+        ),
     ),
     production=(_INTERPRETED_TILES if INTERPRETED else TILES)[0],
     stock=Member("torch", stock.linear, STOCK),

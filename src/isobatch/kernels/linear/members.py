@@ -79,15 +79,20 @@ def tile_named(name: str) -> Tile:
     return Tile(rows, outputs, depth, warps, stages, bool(weight_left), bool(tma), int(resident or 0))
 
 
-def launcher(name: str, shape: Shape) -> Launcher | None:
+def launcher(name: str, shape: Shape, small_next: bool = False) -> Launcher | None:
     """What a name stands for at a shape; None where the library has no such algorithm there.
+
+    Args:
+        name: the member.
+        shape: the fixed axes.
+        small_next: as for `linear_tile`; a library's kernels let nobody in before they end.
 
     Raises:
         ConfigError: nothing is written so.
     """
     library = _LIBRARY.fullmatch(name)
     if library is None:
-        return partial(linear_tile, tile=tile_named(name))
+        return partial(linear_tile, tile=tile_named(name), small_next=small_next)
     if INTERPRETED:
         return None
     rows, rank = map(int, library.groups())

@@ -29,7 +29,7 @@ from isobatch.kernels.stock import DenseWeight
 
 _TMA_ALIGNMENT = 16
 _STAGED = 128 * 128  # numbers of a tile that go out through shared memory at once
-_AHEAD_ROWS = 64  # tiles with more rows keep the tensor cores busy, not the memory
+_FEW_ROWS = 64  # tiles with more rows keep the tensor cores busy, not the memory
 _AHEAD_BYTES = 1 << 16  # of weights that a program asks for before its inputs are ready
 _TURN = tl.constexpr(TURN)
 
@@ -130,12 +130,14 @@ def _linear_pointer_kernel(
     x, w, bias, y, M, N, K, x_stride, w_stride, y_stride,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     WEIGHT_LEFT: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr, WHOLE: tl.constexpr,
-    SHARE: tl.constexpr, BYTES: tl.constexpr,
+    SHARE: tl.constexpr, BYTES: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """One tile by ordinary copies: any strides, any N and K."""
     m, n = _tile_at(tl.program_id(0), M, N, ROWS, OUTPUTS, GROUP)
     _weights_ahead(w, n, N, w_stride, OUTPUTS, SHARE, BYTES)
     inputs_ready()
+    if AT_ONCE:
+        next_may_begin()
     rows, outputs, k = m + tl.arange(0, ROWS), n + tl.arange(0, OUTPUTS), tl.arange(0, DEPTH)
     # Beyond the edge output 0 is read again: cheaper than a mask, and never stored. Not so row 0: of a single
     # row all programs would ask the same few places for sixteen copies, at the same time.
@@ -155,7 +157,8 @@ def _linear_pointer_kernel(
         else:
             ws = tl.load(w_rows[:, None] + at[None, :], mask=(at < K)[None, :], other=0.0)
         acc = tl.dot(ws, xs.T, acc) if WEIGHT_LEFT else tl.dot(xs, ws.T, acc)
-    next_may_begin()
+    if not AT_ONCE:
+        next_may_begin()
     if GATED:
         pairs = _joined(acc, y.dtype.element_ty, WEIGHT_LEFT)
         _store(y, bias, pairs, m, n // 2, M, N // 2, y_stride, ROWS, OUTPUTS // 2, WEIGHT_LEFT, BIASED)
@@ -183,7 +186,7 @@ def _linear_tma_kernel(
     x, w, weights, bias, y, M, N, K, w_stride,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     WEIGHT_LEFT: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr, PARTS: tl.constexpr,
-    ONCE: tl.constexpr, SHARE: tl.constexpr, BYTES: tl.constexpr,
+    ONCE: tl.constexpr, SHARE: tl.constexpr, BYTES: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Tiles by the bulk copy engine, which fills with zeros beyond the edges and stores nothing there.
 
@@ -193,6 +196,8 @@ def _linear_tma_kernel(
         _, first = _tile_at(tl.program_id(0), M, N, ROWS, OUTPUTS, GROUP)
         _weights_ahead(weights, first, N, w_stride, OUTPUTS, SHARE, BYTES)
     inputs_ready()
+    if AT_ONCE:
+        next_may_begin()
     tiles = tl.cdiv(M, ROWS) * tl.cdiv(N, OUTPUTS)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         m, n = _tile_at(tile, M, N, ROWS, OUTPUTS, GROUP)
@@ -200,7 +205,7 @@ def _linear_tma_kernel(
         for start in range(0, K, DEPTH):
             a, b = x.load([m, start]), w.load([n, start])
             acc = tl.dot(b, a.T, acc) if WEIGHT_LEFT else tl.dot(a, b.T, acc)
-        if ONCE:
+        if ONCE and not AT_ONCE:
             next_may_begin()
         if GATED:
             pairs = _joined(acc, y.dtype, WEIGHT_LEFT)
@@ -219,7 +224,7 @@ def bulk_copyable(tensor: torch.Tensor) -> bool:
 
 def _bytes_ahead(w: torch.Tensor, tile: Tile) -> tuple[int, int]:
     """How many threads of a program ask for each weight row, and for how many bytes of it; or none."""
-    if not overlaps() or tile.rows > _AHEAD_ROWS or not bulk_copyable(w):
+    if not overlaps() or tile.rows > _FEW_ROWS or not bulk_copyable(w):
         return 0, 0
     # Whole lines of the cache, and the same for every K that is no smaller.
     size = min(_AHEAD_BYTES // tile.outputs, w.shape[1] * w.element_size()) // 128 * 128
@@ -233,6 +238,7 @@ def linear_tile(
     out_dtype: torch.dtype | None = None,
     *,
     tile: Tile,
+    small_next: bool = False,
 ) -> torch.Tensor:
     """The product by one tile shape.
 
@@ -242,12 +248,14 @@ def linear_tile(
         bias: the same dtype [N], or None.
         out_dtype: of the result; x's own by default, float32 for logits.
         tile: how. A shape that the bulk copy engine cannot serve goes by ordinary copies.
+        small_next: whether the kernel after it is a small one, which may take its places at once; one that
+            fills the GPU would be spread unevenly, and is let in when this one's loads are done.
 
     Returns:
         [M, N], contiguous.
     """
     y = torch.empty(len(x), weight.outputs, dtype=out_dtype or x.dtype, device=x.device)
-    return _launched(x, weight.dense, bias, y, tile, gated=False)
+    return _launched(x, weight.dense, bias, y, tile, small_next=small_next)
 
 
 def gated_tile(x: torch.Tensor, weight: PairedWeight, *, tile: Tile) -> torch.Tensor:
@@ -266,7 +274,14 @@ def gated_tile(x: torch.Tensor, weight: PairedWeight, *, tile: Tile) -> torch.Te
 
 
 def _launched(
-    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, tile: Tile, gated: bool
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    tile: Tile,
+    *,
+    gated: bool = False,
+    small_next: bool = False,
 ) -> torch.Tensor:
     x = x if x.stride(1) == 1 else x.contiguous()
     (M, K), N = x.shape, w.shape[0]
@@ -280,6 +295,7 @@ def _launched(
         "WEIGHT_LEFT": tile.weight_left,
         "BIASED": bias is not None,
         "GATED": gated,
+        "AT_ONCE": small_next and tile.rows <= _FEW_ROWS,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         **early(),

@@ -185,7 +185,7 @@ def _try(shape: Shape, rows: int, x: torch.Tensor, weights: Sequence[DenseWeight
         if reason is not None:
             refused[name] = reason
             continue
-        launch: Any = launcher(name, shape)
+        launch: Any = launcher(name, shape, small_next=True)
         sides.append(
             (name, lambda i, f=launch: f(input_made(), weights[i % len(weights)], None, shape.out_dtype))  # type: ignore[misc]
         )
