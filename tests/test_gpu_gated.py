@@ -13,20 +13,23 @@ import torch
 
 from isobatch.bits import bits_equal
 from isobatch.errors import UnsupportedOpError
+from isobatch.kernels import plan as plans
 from isobatch.kernels.activation.triton import silu_and_mul
+from isobatch.kernels.bitclass import certify
 from isobatch.kernels.coding import BF16, Q8, CodedRows
 from isobatch.kernels.data import coded, floats
 from isobatch.kernels.gated import gpu as serving
 from isobatch.kernels.gated.gpu import Gated
-from isobatch.kernels.gated.gpu_record import gated_plain
+from isobatch.kernels.gated.gpu_record import GATED, gated_plain
 from isobatch.kernels.gpu.data import to_device
 from isobatch.kernels.gpu.device import INTERPRETED, dtypes
 from isobatch.kernels.gpu.paired import PairedWeight
 from isobatch.kernels.linear.gpu import Certificates, Linear
-from isobatch.kernels.linear.members import Shape
-from isobatch.kernels.linear.triton import gated_tile, linear_plain
+from isobatch.kernels.linear.members import Shape, default, tile_named
+from isobatch.kernels.linear.triton import gated_tile, linear_plain, linear_tile
 from isobatch.kernels.plan import Plan
-from isobatch.kernels.stock import DenseWeight
+from isobatch.kernels.registry import Member
+from isobatch.kernels.stock import STOCK, DenseWeight
 from isobatch.ops.gpu import GpuOps
 from isobatch.ops.gpu_stock import StockGpuOps
 
@@ -114,6 +117,36 @@ def test_control_turns_that_are_not_joined_as_turns_are_other_bits() -> None:
     expected = gated_plain(x, weight)
     assert not bits_equal(silu_and_mul(linear_plain(x, weight.turns)), expected)
     assert not bits_equal(silu_and_mul(linear_plain(x, weight.apart()), turn=8), expected)
+
+
+def test_control_halves_that_are_joined_before_they_are_rounded_are_refused() -> None:
+    def unrounded(x: torch.Tensor, weight: PairedWeight) -> torch.Tensor:
+        return silu_and_mul(linear_plain(x, weight.apart(), None, torch.float32)).to(x.dtype)
+
+    assert not certify(GATED, Member("unrounded", unrounded, STOCK), (16,)).member
+
+
+# What tables name, and what serves without one.
+NAMES = sorted(
+    {
+        name
+        for entries in plans.shipped("sm90").ops["linear"].values()
+        for _, names in entries
+        for name in names
+        if not name.startswith("lt")
+    }
+    | {default(rows) for rows in plans.BUCKETS}
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_tile_that_may_serve_is_a_member_as_it_serves(name: str) -> None:
+    tile, variant = tile_named(name), GATED.variants[0]
+    case = GATED.draw("serves", 3, variant)
+    x, weight = case.per_row["x"], case.shared["weight"]
+    assert bits_equal(gated_tile(x, weight, tile=tile), gated_plain(x, weight))
+    before_small = linear_tile(x, weight.turns, None, torch.float32, tile=tile, small_next=True)
+    assert bits_equal(before_small, linear_plain(x, weight.turns, None, torch.float32))
 
 
 @pytest.mark.parametrize("inner", [INNER, INNER + 3], ids=["in turns", "above each other"])

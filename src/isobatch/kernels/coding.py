@@ -130,6 +130,10 @@ class CodedRows:
         scales, offsets = (part if part is None else part[rows] for part in (self.scales, self.offsets))
         return CodedRows(self.coding, self.codes[rows], scales, offsets)
 
+    def numbers(self) -> torch.Tensor:
+        """What `floats` gives; where codes are numbers already, as they are, perhaps in half the bytes."""
+        return self.codes if self.scales is None else self.floats()
+
     def floats(self) -> torch.Tensor:
         """The numbers that the codes stand for.
 

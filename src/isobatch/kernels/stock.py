@@ -37,8 +37,7 @@ class DenseWeight:
 
     def put(self, start: int, rows: CodedRows) -> None:
         """Stores rows [start, start + len(rows)), rounded to this weight's dtype where it is narrower."""
-        # Codes without scales are numbers. They go as they are, perhaps to another device in half the bytes.
-        self.dense[start : start + len(rows)] = rows.codes if rows.scales is None else rows.floats()
+        self.dense[start : start + len(rows)] = rows.numbers()
 
 
 @dataclass(frozen=True, slots=True)

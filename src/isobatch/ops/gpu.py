@@ -48,7 +48,7 @@ class GpuOps(CudaOps):
 
     def __init__(self, dtype: torch.dtype, heads: tuple[int, int, int]) -> None:
         require_dtype(dtype)
-        self.products = Linear(small_next=True)  # the next norm, rotation or choice of tokens
+        self.products = Linear(small_next=True)  # norms and rotations
         table = _table(attention_for(*heads, dtype), self.products)
         super().__init__("isobatch", table, gpu_layout(dtype), dtype)
         self.tiling = Tiling(*heads)

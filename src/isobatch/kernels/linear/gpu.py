@@ -95,7 +95,7 @@ def refusal(shape: Shape, name: str, rows: int) -> str | None:
     Returns:
         Why it is no member here, with the first differing element if there is one; None for a member.
     """
-    launch = members.launcher(name, shape)
+    launch = members.launcher(name, shape, small_next=True)
     if launch is None:
         return "the library has no such algorithm here"
     verdict = certify(record_for(shape), Member(name, launch, STOCK), row_counts(rows))

@@ -94,8 +94,8 @@ def _weights_ahead(w, n, N, w_stride, OUTPUTS: tl.constexpr, SHARE: tl.constexpr
 
 @triton.jit
 def _joined(acc, dtype: tl.constexpr, WEIGHT_LEFT: tl.constexpr):
-    """silu(gate) * up of a tile's outputs, of which gates and ups take turns: half as many. Both are one
-    thread's, so nothing moves."""
+    """silu(gate) * up of a tile's outputs, of which gates and ups take turns: half as many. `wgmma` leaves
+    both to one thread, so nothing moves."""
     rounded = acc.to(dtype).to(tl.float32)
     if WEIGHT_LEFT:
         half: tl.constexpr = acc.shape[0] // 2
