@@ -20,7 +20,7 @@ from isobatch.kernels.coding import BF16, Q8, CodedRows
 from isobatch.kernels.data import coded, floats
 from isobatch.kernels.gated import gpu as serving
 from isobatch.kernels.gated.gpu import Gated
-from isobatch.kernels.gated.gpu_record import GATED, gated_plain
+from isobatch.kernels.gated.gpu_record import GATED, draw, gated_plain
 from isobatch.kernels.gpu.data import to_device
 from isobatch.kernels.gpu.device import INTERPRETED, dtypes
 from isobatch.kernels.gpu.paired import PairedWeight
@@ -142,7 +142,7 @@ NAMES = sorted(
 @pytest.mark.parametrize("name", NAMES)
 def test_every_tile_that_may_serve_is_a_member_as_it_serves(name: str) -> None:
     tile, variant = tile_named(name), GATED.variants[0]
-    case = GATED.draw("serves", 3, variant)
+    case = draw("serves", 3, variant)
     x, weight = case.per_row["x"], case.shared["weight"]
     assert bits_equal(gated_tile(x, weight, tile=tile), gated_plain(x, weight))
     before_small = linear_tile(x, weight.turns, None, torch.float32, tile=tile, small_next=True)
