@@ -386,6 +386,28 @@ def test_body_that_is_no_json_says_where_it_stops_being(server: Running) -> None
 
 
 @pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (b'{"model": "tiny", "prompt": "a", "temperature": 0, "temperature": 1}', "temperature"),
+        (b'{"model": "tiny", "prompt": "a", "isobatch": {"receipt": true, "receipt": false}}', "receipt"),
+        (b'{"model": "tiny", "model": "tiny", "prompt": "a"}', "model"),
+    ],
+)
+def test_field_that_is_given_twice_is_refused_by_name(server: Running, body: bytes, field: str) -> None:
+    response = httpx.post(f"{server.url}/v1/completions", content=body, headers=JSON_TYPE)
+    assert response.status_code == 400
+    error = error_of(response)
+    assert error["message"] == f"the field {field!r} is given twice"
+    assert error["param"] == field
+
+
+def test_one_name_in_two_objects_is_not_given_twice(server: Running) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    body = sent(CHAT, messages=[*messages, messages[0]], max_tokens=2)
+    assert httpx.post(f"{server.url}{CHAT_PATH}", json=body, timeout=60).status_code == 200
+
+
+@pytest.mark.parametrize(
     ("method", "path", "status"),
     [("GET", "/nothing", 404), ("GET", CHAT_PATH, 405), ("GET", "/static/../app.py", 404)],
 )

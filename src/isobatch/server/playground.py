@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 from isobatch.engine.sampling_params import SamplingParams
 from isobatch.errors import IsobatchError
+from isobatch.server.body import OnceRoute
 from isobatch.server.errors import api_error
 from isobatch.server.job import Job
 from isobatch.server.models import Served, pick
@@ -24,7 +25,7 @@ from isobatch.server.protocol import AskRequest
 from isobatch.server.replies import Dict
 from isobatch.server.stream import EventStream, Jobs
 
-router = APIRouter()
+router = APIRouter(route_class=OnceRoute)
 
 _TRAFFIC = (
     "Why is the sky blue?",

@@ -16,6 +16,7 @@ from isobatch.engine.output import Reply
 from isobatch.engine.tokenizer import Tokenizer
 from isobatch.errors import EngineDownError
 from isobatch.server import replies
+from isobatch.server.body import OnceRoute
 from isobatch.server.errors import bad_request
 from isobatch.server.job import Job, Piece
 from isobatch.server.models import Served, pick, seeded
@@ -28,7 +29,7 @@ from isobatch.server.protocol import (
 from isobatch.server.replies import Dict, Head, Offsets
 from isobatch.server.stream import EventStream, Jobs, whole
 
-router = APIRouter()
+router = APIRouter(route_class=OnceRoute)
 
 
 def as_json(body: object, status: int = 200) -> Response:
