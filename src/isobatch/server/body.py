@@ -25,10 +25,11 @@ class _Read(Request):
         return self._json
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) < len(pairs):
-            names = [name for name, _ in pairs]
-            self.twice = next(name for name in names if names.count(name) > 1)
+        fields: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in fields:
+                self.twice = name
+            fields[name] = value
         return fields
 
 
